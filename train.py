@@ -11,6 +11,7 @@ the last token of each sample reaches the head. Shapes: B batch, T tokens of the
 """
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -144,31 +145,62 @@ def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, P
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
-    """Causal attention inside each sample of a packed batch. query [1, H, T, d]; key, value [1, H_kv, T, d]."""
+    """Causal attention inside each sample of a packed batch: key, value [1, H_kv, T, d] -> [1, T, H, d].
+
+    query [1, H, T, d], or [1, H, B, d] for the last token of each sample: then -> [1, B, H, d].
+    """
+    B, L = len(pack.lengths), pack.longest
+    whole = query.shape[2] == key.shape[2]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        cu = pack.cu_seqlens if whole else torch.arange(B + 1, dtype=torch.int32, device=q.device)
         out = varlen_attn(
-            q, k, v, pack.cu_seqlens, pack.cu_seqlens, pack.longest, pack.longest,
+            q, k, v, cu, pack.cu_seqlens, L if whole else 1, L,
             scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return out[None], None
-    B, L = len(pack.lengths), pack.longest
 
     def padded(x: Tensor) -> Tensor:  # [1, H, T, d] -> [B, H, L, d]
         H, d = x.shape[1], x.shape[3]
         return x.new_zeros(B * L, H, d).index_copy(0, pack.slots, x[0].transpose(0, 1)).view(B, L, H, d).transpose(1, 2)
 
+    q = padded(query) if whole else query.permute(2, 1, 0, 3)  # [B, H, L or 1, d]
+    mask = None if whole else (torch.arange(L, device=q.device) < pack.cu_seqlens.diff()[:, None])[:, None, None]
     with sdpa_kernel(SDPBackend.MATH):  # on short samples several times faster than the CPU's flash backward
         out = F.scaled_dot_product_attention(
-            padded(query), padded(key), padded(value), is_causal=True, scale=scaling,
+            q, padded(key), padded(value), mask, is_causal=whole, scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
+    if not whole:
+        return out.permute(2, 0, 1, 3), None
     return out.transpose(1, 2).reshape(B * L, *out.shape[1::2])[pack.slots][None], None
 
 
 AttentionInterface.register("packed", packed_attention)
+
+
+def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
+    """The last block of a Llama or Qwen, [1, T, D] -> [1, B, D]: nothing but the last token of each sample leaves it.
+
+    Keys and values are those of all tokens; queries, output projection and MLP are computed for B rows only.
+    """
+    attention, last = layer.self_attn, pack.cu_seqlens[1:].long() - 1
+
+    def heads(x: Tensor, norm: str, rows=slice(None)) -> Tensor:  # [1, T, H * d] -> [1, H, T, d], normed and rotated
+        x = getattr(attention, norm, torch.nn.Identity())(x.unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
+        cos, sin = (e[:, None, rows] for e in position_embeddings)
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+    normed = layer.input_layernorm(hidden)
+    q = heads(attention.q_proj(normed[:, last]), "q_norm", last)
+    k = heads(attention.k_proj(normed), "k_norm")
+    v = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    out, _ = packed_attention(attention, q, k, v, None, attention.scaling, pack)
+    hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 class Classifier:
@@ -187,6 +219,10 @@ class Classifier:
                 module.p = 0.0
         self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         self.pretrained = {k: v.clone() for k, v in self.model.state_dict().items() if not k.startswith("score.")}
+        self.prunes = self.model.config.model_type in ("llama", "qwen2", "qwen3")
+        if self.prunes:
+            last = self.model.base_model.layers[-1]
+            last.forward = functools.partial(last_block, last)
         self.spec, self.dtype = spec, dtype
         self.model.to(device(), dtype)
         self.model.score.float()
@@ -199,6 +235,11 @@ class Classifier:
             toggle = "enable" if config.checkpointing else "disable"
             getattr(self.model, f"activation_checkpointing_{toggle}")()
         self.model.train(config.checkpointing)  # transformers checkpoints in training mode only; dropout is zero anyway
+        self.optimizer.reset()
+
+    @functools.cached_property
+    def optimizer(self) -> "MasterAdam":
+        return MasterAdam([p for p in self.model.parameters() if p.requires_grad])
 
     def logits(self, samples: list[list[int]]) -> Tensor:
         """Float32 class logits [B, K] of B tokenised samples, in one packed forward."""
@@ -206,7 +247,9 @@ class Classifier:
         hidden = self.model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
         ).last_hidden_state[0]
-        return self.model.score(hidden[where.cu_seqlens[1:].long() - 1].float())
+        if not self.prunes:
+            hidden = hidden[where.cu_seqlens[1:].long() - 1]
+        return self.model.score(hidden.float())
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Token ids of each text, and how many texts were cut to `max_tokens`."""
@@ -241,7 +284,10 @@ def micro_batches(samples: list[list[int]], micro_tokens: int) -> Iterator[slice
 
 
 class MasterAdam:
-    """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32."""
+    """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32.
+
+    Its buffers serve run after run: `reset` takes the parameters as they are for a new start.
+    """
 
     def __init__(self, params: list[Tensor]):
         self.params = params
@@ -252,6 +298,16 @@ class MasterAdam:
         self.rounded = [(p, m) for p, m in zip(params, self.masters, strict=True) if m is not p]
         self.kept = [p for p, m in zip(params, self.masters, strict=True) if m is p]
         self.adam = torch.optim.Adam(self.masters, fused=True)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for p, m in self.rounded:
+            m.copy_(p)
+        for p in self.params:
+            p.grad.zero_()
+        for state in self.adam.state.values():
+            for moment in state.values():
+                moment.zero_()
 
     def take_gradients(self, first: bool) -> None:
         """Move the parameters' gradients to the masters, in place of (first) or on top of what is there."""
@@ -292,7 +348,7 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
     classifier.reset(config)
     samples, n_cut = classifier.encode(texts, config.max_tokens)
     labels = labels.float().to(classifier.model.device)
-    optimizer = MasterAdam([p for p in classifier.model.parameters() if p.requires_grad])
+    optimizer = classifier.optimizer
     schedule = list(batches(len(samples), config))
     n_tokens, log, start = 0, [], time.time()
     for step, batch in enumerate(tqdm(schedule, desc=f"finetune {classifier.spec.name}", leave=False, disable=None)):

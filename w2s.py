@@ -465,9 +465,9 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
     return [data.prepare.source_path(task, split, Path(data_dir)) for split in splits] if data_dir else []
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def load_classifier(spec: ModelSpec, dtype: str):
-    """Loaded once for all its runs; a run starts by resetting the weights."""
+    """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
     import torch
 
     from train import Classifier
@@ -492,7 +492,10 @@ def run(experiments: list[Experiment]) -> None:
     start, made = time.time(), 0
     for n, stage in enumerate(stages, 1):
         name = stage.folder.relative_to(experiments[0].config.out)
-        before = time.time()
+        before, debates = time.time(), stage.folder.parent.name == "transcripts"
+        if debates:
+            load_classifier.cache_clear()
+            gc.collect()
         try:
             if stage.run():
                 made += 1
@@ -502,7 +505,7 @@ def run(experiments: list[Experiment]) -> None:
         except Exception as e:
             e.add_note(f"stage {name} failed; what is finished stays, and the same command resumes with this stage")
             raise
-        if stage.folder.parent.name == "transcripts":
+        if debates:
             debater.cache_clear()
             gc.collect()
     print0(

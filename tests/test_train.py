@@ -246,10 +246,11 @@ def test_packed_logits_are_those_of_each_sample_alone(family, tiny_model):
     assert_close(got, alone @ classifier.model.score.weight.T, atol=1e-5, rtol=1e-5)
 
 
-def test_packed_gradients_are_those_of_each_sample_alone(tiny_model):
-    classifier = with_random_head(tiny_model("qwen3"), 3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_gradients_are_those_of_each_sample_alone(family, tiny_model):
+    classifier = with_random_head(tiny_model(family), 3)
     plain = AutoModelForSequenceClassification.from_pretrained(
-        tiny_model("qwen3"), num_labels=3, attn_implementation="sdpa", dtype=torch.float32
+        tiny_model(family), num_labels=3, attn_implementation="sdpa", dtype=torch.float32
     )
     plain.score.weight.data.copy_(classifier.model.score.weight)
     samples, _ = classifier.encode(TEXTS, 100)
