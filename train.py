@@ -15,6 +15,7 @@ import functools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class TrainConfig:
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
     micro_tokens: int = flag(32768, "most tokens in one forward; does not change the result", int)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool)
+    compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool)
     head_init: str = flag("zero", "start of the head: zeros, or LM-head rows of the two answer words", choices=("zero", "verbalizer"))  # fmt: skip
     alpha: float = flag(1.0, "product loss: exponent of the labels", float)
     beta: float = flag(1.0, "product loss: exponent of the model's own probabilities", float)
@@ -68,12 +70,12 @@ class TrainConfig:
     ramp: str = flag("openai", "logconf loss: multiply by the step fraction and jump, or rise linearly", choices=("openai", "linear"))  # fmt: skip
 
 
-# ---- losses: logits [B, K] and soft labels [B, K] in, scalar out ----
+# ---- losses: logits [B, K] and soft labels [B, K] in, scalar out; with E heads at once [E, B, K] in, [E] out ----
 
 
 def xent_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of soft labels: mean_b -sum_k y_bk log softmax(z_b)_k."""
-    return -(labels * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    return -(labels * F.log_softmax(logits, dim=-1)).sum(-1).mean(-1)
 
 
 def product_loss(logits: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -112,9 +114,14 @@ def logconf_loss(
 
 
 def hardened_to_0(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples of the batch the confidence loss hardens to class 0: bool [B]. In float64: float32 ties at p = 1."""
-    p0 = F.softmax(logits.detach().double(), dim=-1)[:, 0]
-    return p0 >= torch.quantile(p0, labels[:, 1].double().mean().clamp(0, 1))
+    """Which samples of the batch the confidence loss hardens to class 0: bool [B]. In float64: float32 ties at p = 1.
+
+    The threshold is torch.quantile's, one for each head, which that function has no form for.
+    """
+    p0 = F.softmax(logits.detach().double(), dim=-1)[..., 0]
+    rank = labels[..., 1].double().mean(-1, keepdim=True).clamp(0, 1) * (p0.shape[-1] - 1)
+    below, above = (p0.sort(-1).values.gather(-1, r.long()) for r in (rank.floor(), rank.ceil()))
+    return p0 >= below.lerp(above, rank - rank.floor())
 
 
 # ---- the packed forward ----
@@ -140,10 +147,11 @@ def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, P
     row = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
     cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     ids = torch.tensor([t for s in samples for t in s])
-    where = Pack(lengths, cu.to(dev), (row * max(lengths) + positions).to(dev))
-    return ids[None].to(dev), positions[None].to(dev), where
+    where = Pack(lengths, to_device(cu, dev), to_device(row * max(lengths) + positions, dev))
+    return to_device(ids[None], dev), to_device(positions[None], dev), where
 
 
+@torch.compiler.disable  # lengths differ from batch to batch: a graph of its own for each would be compiled
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
     """Causal attention inside each sample of a packed batch: key, value [1, H_kv, T, d] -> [1, T, H, d].
 
@@ -219,10 +227,11 @@ class Classifier:
                 module.p = 0.0
         self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         self.pretrained = {k: v.clone() for k, v in self.model.state_dict().items() if not k.startswith("score.")}
+        n_blocks = self.model.config.num_hidden_layers
+        self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
         self.prunes = self.model.config.model_type in ("llama", "qwen2", "qwen3")
         if self.prunes:
-            last = self.model.base_model.layers[-1]
-            last.forward = functools.partial(last_block, last)
+            self.blocks[-1].forward = functools.partial(last_block, self.blocks[-1])
         self.spec, self.dtype = spec, dtype
         self.model.to(device(), dtype)
         self.model.score.float()
@@ -235,21 +244,28 @@ class Classifier:
             toggle = "enable" if config.checkpointing else "disable"
             getattr(self.model, f"activation_checkpointing_{toggle}")()
         self.model.train(config.checkpointing)  # transformers checkpoints in training mode only; dropout is zero anyway
+        for block in self.blocks:
+            if config.compile and not block._compiled_call_impl:
+                block.compile()
         self.optimizer.reset()
 
     @functools.cached_property
     def optimizer(self) -> "MasterAdam":
         return MasterAdam([p for p in self.model.parameters() if p.requires_grad])
 
-    def logits(self, samples: list[list[int]]) -> Tensor:
-        """Float32 class logits [B, K] of B tokenised samples, in one packed forward."""
+    def features(self, samples: list[list[int]]) -> Tensor:
+        """What the head reads of B tokenised samples: float32 [B, D] after the final norm, in one packed forward."""
         ids, positions, where = pack(samples, self.model.device)
         hidden = self.model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
         ).last_hidden_state[0]
         if not self.prunes:
             hidden = hidden[where.cu_seqlens[1:].long() - 1]
-        return self.model.score(hidden.float())
+        return hidden.float()
+
+    def logits(self, samples: list[list[int]]) -> Tensor:
+        """Float32 class logits [B, K]."""
+        return self.model.score(self.features(samples))
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Token ids of each text, and how many texts were cut to `max_tokens`."""
@@ -347,12 +363,12 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
     check_labels(labels, len(texts))
     classifier.reset(config)
     samples, n_cut = classifier.encode(texts, config.max_tokens)
-    labels = labels.float().to(classifier.model.device)
+    labels, dev = labels.float(), classifier.model.device
     optimizer = classifier.optimizer
     schedule = list(batches(len(samples), config))
-    n_tokens, log, start = 0, [], time.time()
+    n_tokens, log, unread, start = 0, [], [], time.time()
     for step, batch in enumerate(tqdm(schedule, desc=f"finetune {classifier.spec.name}", leave=False, disable=None)):
-        y, tokens = labels[batch], [samples[i] for i in batch]
+        y, tokens = to_device(labels[batch], dev), [samples[i] for i in batch]
         slices = list(micro_batches(tokens, config.micro_tokens))
         whole = classifier.logits(tokens) if len(slices) == 1 else None
         if whole is None:
@@ -361,8 +377,7 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
         else:
             z = whole.detach().requires_grad_()
         loss = LOSSES[config.loss](z, y, step / len(schedule), config)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step} of {len(schedule)}")
+        unread.append(loss.detach())
         (gradient,) = torch.autograd.grad(loss, z)
         for i, s in enumerate(slices):
             (classifier.logits(tokens[s]) if whole is None else whole).backward(gradient[s])
@@ -370,8 +385,19 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
         lr = lr_at(step, len(schedule), config.lr)
         optimizer.step(lr)
         n_tokens += sum(map(len, tokens))
-        log.append({"step": step, "loss": loss.item(), "lr": lr, "tokens": n_tokens, "seconds": time.time() - start})
+        log.append({"step": step, "lr": lr, "tokens": n_tokens, "seconds": time.time() - start})
+        if dev.type == "cpu" or step % 20 == 0 or step + 1 == len(schedule):  # to look at a loss is to wait for the GPU
+            for row, value in zip(log[-len(unread) :], torch.stack(unread).tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"loss is {value} at step {row['step']} of {len(schedule)}")
+                row["loss"] = value
+            unread.clear()
     return {"train_tokens": n_tokens, "steps": len(schedule), "cut_inputs": n_cut, "log": log}
+
+
+def to_device(x: Tensor, dev: torch.device) -> Tensor:
+    """A copy that the CPU does not wait for."""
+    return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
 
 
 def check_labels(labels: Tensor, n: int) -> None:
@@ -385,17 +411,48 @@ def check_labels(labels: Tensor, n: int) -> None:
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Tensor:
-    """Class probabilities [N, K], float32 on the CPU; neighbours in length share a forward."""
+def features(classifier: Classifier, texts: list[str], config: TrainConfig) -> Tensor:
+    """What the head reads of every text, [N, D] float32 on the CPU; neighbours in length share a forward."""
     samples, _ = classifier.encode(texts, config.max_tokens)
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
     ordered = [samples[i] for i in order]
-    out = [
-        classifier.logits(ordered[s]).softmax(-1).cpu() for s in micro_batches(ordered, min(config.micro_tokens, 4096))
-    ]
-    probs = torch.empty(len(samples), classifier.model.num_labels)
-    probs[order] = torch.cat(out)
-    return probs
+    slices = list(micro_batches(ordered, min(config.micro_tokens, 4096)))
+    out = [classifier.features(ordered[s]) for s in tqdm(slices, desc="forward", leave=False, disable=None)]
+    return torch.cat(out)[torch.tensor(order, device=out[0].device).argsort()].cpu()
+
+
+@torch.no_grad()
+def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Tensor:
+    """Class probabilities [N, K], float32 on the CPU."""
+    return (features(classifier, texts, config) @ classifier.model.score.weight.cpu().T).softmax(-1)
+
+
+def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig]) -> Tensor:
+    """Heads alone, E at once, on frozen features x [N, D] with E soft labels [N, K]: weights [E, K, D].
+
+    Head e becomes what `configs[e]` would make of it alone: same order, loss and schedule. All must agree in number of
+    steps and batch size.
+    """
+    labels, n_classes = torch.stack(labels), labels[0].shape[-1]
+    seeds = list(dict.fromkeys(c.seed for c in configs))  # heads of one seed read the same batches
+    count = Counter(c.seed for c in configs)
+    n_slots = max(count.values())
+    slots = [n_slots * seeds.index(c.seed) + (count.subtract([c.seed]) or count[c.seed]) for c in configs]
+    weight = torch.zeros(len(seeds) * n_slots, n_classes, x.shape[-1], device=x.device, requires_grad=True)
+    adam = torch.optim.Adam([weight], fused=True)
+    alike = {c.loss: [e for e, other in enumerate(configs) if other.loss == c.loss] for c in configs}
+    orders = [batches(len(x), next(c for c in configs if c.seed == seed)) for seed in seeds]
+    orders = list(zip(*orders, strict=True))
+    for step, order in enumerate(tqdm(orders, desc=f"{len(configs)} heads", leave=False, disable=None)):
+        index = to_device(torch.tensor(order), x.device)  # [seeds, B]
+        z = x[index] @ weight.view(len(seeds), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
+        z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
+        y = labels.take_along_dim(index[[seeds.index(c.seed) for c in configs]][..., None], 1)
+        loss = sum(LOSSES[name](z[e], y[e], step / len(orders), configs[e[0]]).sum() for name, e in alike.items())
+        (weight.grad,) = torch.autograd.grad(loss, weight)
+        adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
+        adam.step()
+    return weight.detach()[slots]
 
 
 def soft_labels(rows: list[dict], n_classes: int) -> Tensor:

@@ -147,6 +147,9 @@ class Config:
     chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
+    head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
+    head_lr: float = flag(1e-2, "learning rate of --head-only", float)
+    head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
 
     def resolved(self, task: str | None = None) -> "Config":
         """With the preset's and the paper's values filled in, and where the preset has them those of `task`.
@@ -172,6 +175,8 @@ class Config:
             "max_new_tokens",
             "lr",
             "weak_lr",
+            "head_lr",
+            "head_epochs",
         ):
             value = getattr(config, name)
             if value is not None and not value > 0:
@@ -195,8 +200,10 @@ class Experiment:
 
     def __init__(self, config: Config, task: str):
         self.config, self.task = config, task
-        self.folder = Path(config.out) / task
+        self.folder = Path(config.out) / task  # data and debates
+        self.runs = results_folder(config) / task  # what is trained on them
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
+        self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
 
     def file(self, name: str) -> Path:
         return self.folder / "data" / name
@@ -227,7 +234,7 @@ class Experiment:
         """The strong model on the ground truth of the student's half."""
         texts, gold = self.file("train_b.jsonl"), self.file("train_b.gold.jsonl")
         return self.finetuning(
-            f"strong-ceiling-s{seed}", self.strong, self.train_config(self.strong, seed, 0),
+            f"strong-ceiling-s{seed}", "strong", self.strong, self.train_config(self.strong, seed, 0),
             {"train": texts, "gold": gold}, lambda: joined(texts, gold), ("test",),
         )  # fmt: skip
 
@@ -241,7 +248,7 @@ class Experiment:
         form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         if protocol == "market_making":
-            inputs["weak_floor"] = self.weak_floor(0).folder / "model"
+            inputs["weak_floor"] = self.asked_floor().folder / "model"
 
         def make(out: Path) -> dict:
             cost: dict[str, int] = {}
@@ -267,11 +274,15 @@ class Experiment:
         asked = [debate.debate_prompt(self.task, protocol, turn, side) for turn in range(3) for side in (0, 1)]
         return [*asked, *debate.PROMPTS[self.task].sides]
 
+    def asked_floor(self) -> Stage:
+        """The weak floor that market-making asks: finetuned as a whole, also where only heads are compared."""
+        return Experiment(dataclasses.replace(self.config, head_only=False), self.task).weak_floor(0)
+
     def weak_choice(self):
         """Samples and their transcripts so far -> the class that the weak floor prefers."""
         from train import TrainConfig, predict
 
-        classifier = load_classifier(ModelSpec(str(self.weak_floor(0).folder / "model")), self.config.dtype)
+        classifier = load_classifier(ModelSpec(str(self.asked_floor().folder / "model")), self.config.dtype)
 
         def choose(samples: list[dict], rows: list[dict]) -> list[int]:
             texts = [self.context("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)]
@@ -314,8 +325,9 @@ class Experiment:
 
         inputs = files | {f"{p} transcripts": functools.partial(beginning, path, turns) for p, path in said.items()}
         floor = context == "naive" and finetune_seed == 0
+        reader = name.removesuffix(f"-f{finetune_seed}-s{seed}")
         return self.finetuning(
-            name, self.weak, self.train_config(self.weak, seed, finetune_seed), inputs, lambda: read("train_a"),
+            name, reader, self.weak, self.train_config(self.weak, seed, finetune_seed), inputs, lambda: read("train_a"),
             ("train_b", "test") if floor else ("train_b",), read, keep=floor and seed == 0,
             reads=None if context == "naive" else [code(Experiment.context), code(with_transcript), self.wording(context)],
         )  # fmt: skip
@@ -335,13 +347,13 @@ class Experiment:
             write_jsonl(out / "train_b.jsonl", [{"id": i, "probs": p} for i, p in zip(ids, mean, strict=True)])
             return {"samples": len(ids)}
 
-        return Stage(self.folder / f"weak_labels/{name}/seed{seed}", {"members": list(members)}, members, make)
+        return Stage(self.runs / f"weak_labels/{name}/seed{seed}", {"members": list(members)}, members, make)
 
     def train_student(self, name: str, seed: int) -> Stage:
         """The strong model on the weak labels of train_b, on the plain samples. Gold labels are out of its reach."""
         texts, labels = self.file("train_b.jsonl"), self.label_with_ensemble(name, seed).folder / "train_b.jsonl"
         return self.finetuning(
-            f"strong-{name}-s{seed}", self.strong, self.train_config(self.strong, seed, 0, METHODS[name].loss),
+            f"strong-{name}-s{seed}", "strong", self.strong, self.train_config(self.strong, seed, 0, METHODS[name].loss),
             {"train": texts, "weak labels": labels}, lambda: joined(texts, labels), ("train_b", "test"),
         )  # fmt: skip
 
@@ -349,20 +361,47 @@ class Experiment:
         from train import TrainConfig
 
         c = self.config
+        lr = c.head_lr if c.head_only else c.weak_lr if model is self.weak else c.lr
         return TrainConfig(
-            loss=loss, lr=c.weak_lr if model is self.weak else c.lr, epochs=c.epochs, batch_size=c.batch_size,
+            loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
         )  # fmt: skip
 
-    def finetuning(self, name, model, train_config, inputs, samples, parts, read=None, keep=False, reads=None) -> Stage:
+    def finetuning(
+        self, name, reader, model, train_config, inputs, samples, parts, read=None, keep=False, reads=None
+    ) -> Stage:
         """Finetune `model` on `samples()` and write its probabilities on each of `parts` to predictions/<name>.
 
-        `reads` identifies how the texts are made of the inputs, where they are not the samples' own.
+        Runs of one `reader` read the same texts. `reads` identifies how these are made of the inputs, where they are
+        not the samples' own.
         """
         import train
 
         read = read or (lambda part: read_jsonl(self.file(f"{part}.jsonl")))
         keep = keep or self.config.keep_models
+        code_of_loss = [
+            code(train.LOSSES[train_config.loss]),
+            code(getattr(train, f"{train_config.loss}_loss", train.xent_loss)),
+        ]
+        config = {
+            "model": model.identity(),
+            "loss_code": code_of_loss,
+            "reads": reads,
+            **dataclasses.asdict(train_config),
+        }
+        tested = {"test": self.file("test.jsonl")} if "test" in parts else {}
+        folder = self.runs / "predictions" / name
+        if self.config.head_only:
+            runs = self.heads.setdefault(reader, {})
+            runs[name] = (samples, train_config, parts, read)
+
+            def make(out: Path) -> dict:
+                probs, cost = self.train_heads(reader, model)[name]
+                for part in parts:
+                    write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(part), probs[part]))
+                return cost
+
+            return Stage(folder, config | {"head_only": True}, inputs | tested, make)
 
         def make(out: Path) -> dict:
             classifier, rows = load_classifier(model, self.config.dtype), samples()
@@ -376,37 +415,48 @@ class Experiment:
                 train.save_model(classifier, out / "model")
             return cost
 
-        code_of_loss = [
-            code(train.LOSSES[train_config.loss]),
-            code(getattr(train, f"{train_config.loss}_loss", train.xent_loss)),
-        ]
-        config = {
-            "model": model.identity(),
-            "loss_code": code_of_loss,
-            "reads": reads,
-            **dataclasses.asdict(train_config),
-        }
-        tested = {"test": self.file("test.jsonl")} if "test" in parts else {}
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
-        return Stage(self.folder / "predictions" / name, config, inputs | tested, make, at_least=kept)
+        return Stage(folder, config, inputs | tested, make, at_least=kept)
+
+    @functools.cache  # noqa: B019
+    def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
+        """All runs of one reader at once: run -> (probabilities of each part, cost). Texts become features only once."""
+        import train
+
+        start, runs = time.time(), self.heads[reader]
+        classifier = load_classifier(model, self.config.dtype)
+
+        def features(rows: list[dict], config):
+            return train.features(classifier, [r["text"] for r in rows], config).to(classifier.model.device)
+
+        labelled, configs = [run[0]() for run in runs.values()], [run[1] for run in runs.values()]
+        labels = [train.soft_labels(rows, 2).to(classifier.model.device) for rows in labelled]
+        weights = train.finetune_heads(features(labelled[0], configs[0]), labels, configs)
+        read = {part: read for *_, parts, read in runs.values() for part in parts}
+        of = {part: features(read[part](part), configs[0]) for part in read}
+        probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
+        cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
+        return {name: (p, cost) for name, p in zip(runs, probs, strict=True)}
 
     def stages(self) -> Iterator[Stage]:
         """Every stage that the chosen methods and seeds need, each once, in an order that can run."""
         methods = {n: m for n, m in METHODS.items() if n in self.config.methods}
         if self.task not in FIGURE_TASKS:
             methods = {n: m for n, m in methods.items() if n not in FIGURE_METHODS}
-        wanted = [self.prepare(), *map(self.weak_floor, self.config.seeds), self.weak_floor(0)]
+        wanted = [self.prepare(), *map(self.weak_floor, self.config.seeds)]
         for protocol in ("debate", "consultancy", "market_making"):
             turns: dict[int, int] = {}
             for m in methods.values():
                 if m.context == protocol:
                     turns |= {k: max(m.turns, turns.get(k, 0)) for k, _ in m.members}
             if turns:
+                wanted += [self.asked_floor()] if protocol == "market_making" else []
                 wanted.append(self.debates(protocol, turns))
         for seed in self.config.seeds:
             wanted += [stage for m in methods.values() for stage in self.train_members(m, seed)]
         for seed in self.config.seeds:
             wanted += [self.label_with_ensemble(n, seed) for n in methods]
+        for seed in self.config.seeds:
             wanted += [self.strong_ceiling(seed), *(self.train_student(n, seed) for n in methods)]
         yield from {stage.folder: stage for stage in wanted}.values()
 
@@ -431,6 +481,10 @@ class Experiment:
         seconds = sum(m.get("seconds", 0) for m in members) + share * debates.get("seconds", 0)
         tokens = sum(m.get("train_tokens", 0) for m in members) + share * debates.get("new_tokens", 0)
         return {"supervision_seconds": round(seconds, 3), "supervision_tokens": round(tokens)}
+
+
+def results_folder(config: Config) -> Path:
+    return Path(config.out) / "heads" if config.head_only else Path(config.out)
 
 
 def joined(texts: Path, labels: Path) -> list[dict]:
@@ -521,9 +575,10 @@ def write_report(experiments: list[Experiment]) -> None:
         raise InputError(f"--out {out}: nothing is finished there yet; start with `python w2s.py run`")
     labels = BOUNDS | {n: m.label for n, m in METHODS.items()}
     shown = {n: m.shown for n, m in METHODS.items()}
-    for path in report.write(out, rows, labels, shown):
+    into = results_folder(experiments[0].config)
+    for path in report.write(out, into, rows, labels, shown):
         print0(f"wrote {path}")
-    for table in [*sorted((out / "tables").glob("*.md")), out / "cost.md"]:
+    for table in [*sorted((into / "tables").glob("*.md")), into / "cost.md"]:
         print0("\n" + table.read_text())
 
 

@@ -532,3 +532,56 @@ def test_bad_soft_labels_are_named_before_a_model_is_loaded(probs, tmp_path, sam
     monkeypatch.setattr(train, "Classifier", lambda *_: pytest.fail("a model was loaded"))
     flags = [f"--{name}={tmp_path}/{name}.jsonl" for name in ("train", "test")]
     assert_refused([*flags, "--out", f"{tmp_path}/run", "--model", "random-small"], [], monkeypatch, capsys)
+
+
+# ---- heads alone ----
+
+
+def head_alone(x, y, config):
+    """One head on frozen features, by torch's own layer, loss on the whole batch and optimizer."""
+    head = torch.nn.Linear(x.shape[1], y.shape[1], bias=False)
+    torch.nn.init.zeros_(head.weight)
+    adam = torch.optim.Adam(head.parameters())
+    schedule = list(train.batches(len(x), config))
+    for step, batch in enumerate(schedule):
+        adam.zero_grad()
+        train.LOSSES[config.loss](head(x[batch]), y[batch], step / len(schedule), config).backward()
+        adam.param_groups[0]["lr"] = train.lr_at(step, len(schedule), config.lr)
+        adam.step()
+    return head.weight.detach()
+
+
+def test_heads_trained_at_once_are_those_trained_alone():
+    torch.manual_seed(0)
+    x, n = torch.randn(45, 16), 9
+    configs = [
+        TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8)
+        for seed in range(n // 3)
+        for loss in train.LOSSES
+    ][:-1]  # unevenly many a seed
+    labels = [(4 * torch.randn(45, 2)).softmax(-1) for _ in configs]
+    weights = train.finetune_heads(x, labels, configs)
+    for e, config in enumerate(configs):
+        assert_close(weights[e], head_alone(x, labels[e], config), atol=1e-5, rtol=0)
+    assert weights.flatten(1).std(0).mean() > 1e-2  # losses, labels and orders matter
+
+
+def test_losses_of_several_heads_are_those_of_each():
+    z, y = torch.randn(5, 32, 2), torch.rand(5, 32, 2).softmax(-1)
+    z[1] = 0  # ties
+    for loss in train.LOSSES.values():
+        alone = torch.stack([loss(z[e], y[e], 0.5, TrainConfig()) for e in range(5)])
+        assert torch.equal(loss(z, y, 0.5, TrainConfig()), alone)
+
+
+def test_the_threshold_is_torchs_quantile():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(1000):
+        B = int(torch.randint(1, 40, (), generator=generator))
+        z = torch.randn(B, 2, dtype=torch.float64, generator=generator) * 10.0 ** (case % 4 - 1)
+        z = z.round() if case % 3 == 0 else z  # ties
+        y = torch.rand(B, 2, dtype=torch.float64, generator=generator).softmax(-1)
+        y = y.round() if case % 5 == 0 else y
+        p0 = z.softmax(-1)[:, 0]
+        wanted = p0 >= torch.quantile(p0, y[:, 1].mean().clamp(0, 1))
+        assert torch.equal(train.hardened_to_0(z, y), wanted)

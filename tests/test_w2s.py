@@ -495,6 +495,25 @@ def test_rows_that_do_not_match_the_samples_raise(copied, file, stage, how):
         spoiled.run()
 
 
+def test_heads_alone_give_the_same_rows_on_the_same_debates(copied):
+    before = products(copied.folder)
+    heads = changed(copied, head_only=True, seeds=(0, 1, 2))
+    made = [stage.folder for stage in heads.stages() if stage.run()]
+    assert all(folder.is_relative_to(heads.runs) for folder in made) and products(copied.folder) == before
+    rows = list(heads.results())
+    assert {r["method"] for r in rows} == {r["method"] for r in copied.results()} and {r["seed"] for r in rows} == {
+        0,
+        1,
+        2,
+    }
+    w2s.write_report([heads])
+    assert {p.name: p.read_text().count("| ours") for p in heads.runs.parent.glob("tables/*.md")} == dict.fromkeys(
+        ("table2.md", "table4.md", "table5.md"), 1
+    )
+    trained = {p.parent.name: p.read_bytes() for p in heads.runs.glob("predictions/*/test.jsonl")}
+    assert len(set(trained.values())) > len(trained) / 2  # losses, seeds and weak labels matter
+
+
 def test_plan_starts_nothing(tmp_path, capsys):
     w2s.COMMANDS["plan"]([small_experiment(tmp_path / "out")])
     assert not (tmp_path / "out").exists() and "sciq" in capsys.readouterr().out
