@@ -449,7 +449,8 @@ def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig]) 
         z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
         y = labels.take_along_dim(index[[seeds.index(c.seed) for c in configs]][..., None], 1)
         loss = sum(LOSSES[name](z[e], y[e], step / len(orders), configs[e[0]]).sum() for name, e in alike.items())
-        (weight.grad,) = torch.autograd.grad(loss, weight)
+        weight.grad = None
+        loss.backward()  # not autograd.grad: fused Adam reads a gradient as if it lay in memory as its parameter does
         adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
         adam.step()
     return weight.detach()[slots]

@@ -148,7 +148,7 @@ class Config:
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
-    head_lr: float = flag(1e-2, "learning rate of --head-only", float)
+    head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
 
     def resolved(self, task: str | None = None) -> "Config":

@@ -551,19 +551,20 @@ def head_alone(x, y, config):
     return head.weight.detach()
 
 
-def test_heads_trained_at_once_are_those_trained_alone():
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_heads_trained_at_once_are_those_trained_alone(n):
     torch.manual_seed(0)
-    x, n = torch.randn(45, 16), 9
+    x = torch.randn(45, 16)
     configs = [
         TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8)
-        for seed in range(n // 3)
+        for seed in range(3)
         for loss in train.LOSSES
-    ][:-1]  # unevenly many a seed
+    ][-n:]
     labels = [(4 * torch.randn(45, 2)).softmax(-1) for _ in configs]
     weights = train.finetune_heads(x, labels, configs)
     for e, config in enumerate(configs):
         assert_close(weights[e], head_alone(x, labels[e], config), atol=1e-5, rtol=0)
-    assert weights.flatten(1).std(0).mean() > 1e-2  # losses, labels and orders matter
+    assert weights.abs().mean() > 0.01 and (n == 1 or weights.flatten(1).std(0).mean() > 0.01)
 
 
 def test_losses_of_several_heads_are_those_of_each():
