@@ -40,6 +40,9 @@ from common import (
     stable_hash,
     write_jsonl,
 )
+from kernels import CHOICES, resolve
+from kernels.conf_loss import conf_loss, cross_entropy, logconf_target, product_target
+from kernels.tail import tail
 
 # name -> loss of (logits [B, K], soft labels [B, K], share of the run done, TrainConfig)
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -58,6 +61,9 @@ class TrainConfig:
     seed: int = flag(0, "order of the samples", int)
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
+    kernels: str = flag(
+        "auto", "head, loss and its gradient: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES
+    )
     micro_tokens: int = flag(32768, "most tokens in one forward; does not change the result", int)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool)
     head_init: str = flag("zero", "start of the head: zeros, or LM-head rows of the two answer words", choices=("zero", "verbalizer"))  # fmt: skip
@@ -73,18 +79,12 @@ class TrainConfig:
 
 def xent_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of soft labels: mean_b -sum_k y_bk log softmax(z_b)_k."""
-    return -(labels * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+    return cross_entropy(logits, labels)
 
 
 def product_loss(logits: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Cross-entropy to the target p^beta y^alpha, renormalised over K and detached (OpenAI weak-to-strong code).
-
-    Computed in log space, so that saturated p and y give no 0/0. Where the two exclude each other, log y alone decides.
-    """
-    log_p = F.log_softmax(logits.detach(), dim=-1)
-    log_y = labels.log().clamp_min(torch.finfo(logits.dtype).min / 4)
-    target = F.softmax(beta * log_p + alpha * log_y, dim=-1)
-    return xent_loss(logits, target)
+    """Cross-entropy to the target p^beta y^alpha, renormalised over K and detached (OpenAI weak-to-strong code)."""
+    return cross_entropy(logits, product_target(logits, labels, alpha, beta))
 
 
 def logconf_loss(
@@ -103,18 +103,25 @@ def logconf_loss(
     """
     if logits.shape[-1] != 2:
         raise ValueError(f"logconf_loss needs two classes, got K={logits.shape[-1]}")
+    return cross_entropy(logits, logconf_target(logits, labels, aux_weight(step_frac, aux_coef, warmup_frac, ramp)))
+
+
+def aux_weight(step_frac: float, aux_coef: float, warmup_frac: float, ramp: str) -> float:
+    """c of the confidence loss at this share of the run: aux_coef after the warm-up, less before."""
     if step_frac > warmup_frac or (ramp == "linear" and warmup_frac == 0):
-        c = aux_coef
-    else:
-        c = aux_coef * (step_frac if ramp == "openai" else step_frac / warmup_frac)
-    h = F.one_hot((~hardened_to_0(logits, labels)).long(), 2).to(labels)
-    return xent_loss(logits, (1 - c) * labels + c * h)
+        return aux_coef
+    return aux_coef * (step_frac if ramp == "openai" else step_frac / warmup_frac)
 
 
-def hardened_to_0(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples of the batch the confidence loss hardens to class 0: bool [B]. In float64: float32 ties at p = 1."""
-    p0 = F.softmax(logits.detach().double(), dim=-1)[:, 0]
-    return p0 >= torch.quantile(p0, labels[:, 1].double().mean().clamp(0, 1))
+def loss_and_gradient(logits: Tensor, labels: Tensor, step_frac: float, config: TrainConfig, kernels: str):
+    """The batch's loss and its gradient at the logits [B, K]: of one kernel launch, or of LOSSES by autograd."""
+    if kernels == "triton":
+        c = aux_weight(step_frac, config.aux_coef, config.warmup_frac, config.ramp)
+        loss, gradient, _ = conf_loss(logits[None], labels[None], config.loss, c, config.alpha, config.beta, kernels)
+        return loss[0], gradient[0]
+    z = logits.detach().requires_grad_()
+    loss = LOSSES[config.loss](z, labels, step_frac, config)
+    return loss.detach(), *torch.autograd.grad(loss, z)
 
 
 # ---- the packed forward ----
@@ -206,7 +213,8 @@ def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
 class Classifier:
     """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights."""
 
-    def __init__(self, spec: ModelSpec, n_classes: int, dtype: torch.dtype):
+    def __init__(self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto"):
+        self.kernels = resolve(kernels)
         self.tokenizer = load_tokenizer(spec)
         self.model = load_model(
             spec, AutoModelForSequenceClassification, torch.float32, num_labels=n_classes, attn_implementation="packed"
@@ -247,9 +255,8 @@ class Classifier:
         hidden = self.model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
         ).last_hidden_state[0]
-        if not self.prunes:
-            hidden = hidden[where.cu_seqlens[1:].long() - 1]
-        return self.model.score(hidden.float())
+        rows = None if self.prunes else where.cu_seqlens[1:] - 1
+        return tail(hidden, rows, None, 0.0, self.model.score.weight, self.kernels)
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Token ids of each text, and how many texts were cut to `max_tokens`."""
@@ -357,13 +364,12 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
         whole = classifier.logits(tokens) if len(slices) == 1 else None
         if whole is None:
             with torch.no_grad():
-                z = torch.cat([classifier.logits(tokens[s]) for s in slices]).requires_grad_()
+                z = torch.cat([classifier.logits(tokens[s]) for s in slices])
         else:
-            z = whole.detach().requires_grad_()
-        loss = LOSSES[config.loss](z, y, step / len(schedule), config)
+            z = whole.detach()
+        loss, gradient = loss_and_gradient(z, y, step / len(schedule), config, classifier.kernels)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss is {loss.item()} at step {step} of {len(schedule)}")
-        (gradient,) = torch.autograd.grad(loss, z)
         for i, s in enumerate(slices):
             (classifier.logits(tokens[s]) if whole is None else whole).backward(gradient[s])
             optimizer.take_gradients(first=i == 0)
@@ -442,7 +448,8 @@ def main() -> None:
     n_classes = max([len(r["probs"]) for r in train if isinstance(r.get("probs"), list)], default=2)
     labels = soft_labels(train, n_classes)
     soft_labels([r for r in test if "label" in r], n_classes)
-    classifier = Classifier(ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype))
+    classifier = Classifier(ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels)
+    print0(f"{args.model} in {classifier.dtype}, kernels: {classifier.kernels}")
     cost = finetune(classifier, [r["text"] for r in train], labels, config)
     probs = predict(classifier, [r["text"] for r in test], config)
     write_jsonl(out / "steps.jsonl", cost.pop("log"))

@@ -44,6 +44,7 @@ from common import (
     run_script,
     write_jsonl,
 )
+from kernels import CHOICES, resolve
 
 # ---- what is compared ----
 
@@ -146,6 +147,7 @@ class Config:
     top_p: float | None = flag(None, "of the debaters (1.0)", float)
     chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
+    kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
 
     def resolved(self, task: str | None = None) -> "Config":
@@ -156,13 +158,15 @@ class Config:
         defaults = dict(
             methods=tuple(METHODS), out=f"out/{self.preset}", max_sample_tokens=1024, lr=1e-5, epochs=2, batch_size=32,
             ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, chat=False, dtype="auto",
+            kernels="auto",
         ) | PRESETS[self.preset] | PER_TASK.get((self.preset, task), {})  # fmt: skip
         given = {k: v for k, v in vars(self).items() if v is not None and v != ()}
         config = dataclasses.replace(self, **(defaults | given))
         dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
         config = dataclasses.replace(
-            config, weak_lr=config.lr if config.weak_lr is None else config.weak_lr, dtype=dtype
-        )
+            config, weak_lr=config.lr if config.weak_lr is None else config.weak_lr, dtype=dtype,
+            kernels=resolve(config.kernels),
+        )  # fmt: skip
         for name in (
             "limit_train",
             "limit_test",
@@ -197,6 +201,9 @@ class Experiment:
         self.config, self.task = config, task
         self.folder = Path(config.out) / task
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
+
+    def classifier(self, model: ModelSpec):
+        return load_classifier(model, self.config.dtype, self.config.kernels)
 
     def file(self, name: str) -> Path:
         return self.folder / "data" / name
@@ -271,7 +278,7 @@ class Experiment:
         """Samples and their transcripts so far -> the class that the weak floor prefers."""
         from train import TrainConfig, predict
 
-        classifier = load_classifier(ModelSpec(str(self.weak_floor(0).folder / "model")), self.config.dtype)
+        classifier = self.classifier(ModelSpec(str(self.weak_floor(0).folder / "model")))
 
         def choose(samples: list[dict], rows: list[dict]) -> list[int]:
             texts = [self.context("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)]
@@ -352,6 +359,7 @@ class Experiment:
         return TrainConfig(
             loss=loss, lr=c.weak_lr if model is self.weak else c.lr, epochs=c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
+            kernels=c.kernels,
         )  # fmt: skip
 
     def finetuning(self, name, model, train_config, inputs, samples, parts, read=None, keep=False, reads=None) -> Stage:
@@ -360,12 +368,13 @@ class Experiment:
         `reads` identifies how the texts are made of the inputs, where they are not the samples' own.
         """
         import train
+        from kernels import conf_loss
 
         read = read or (lambda part: read_jsonl(self.file(f"{part}.jsonl")))
         keep = keep or self.config.keep_models
 
         def make(out: Path) -> dict:
-            classifier, rows = load_classifier(model, self.config.dtype), samples()
+            classifier, rows = self.classifier(model), samples()
             cost = train.finetune(classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), train_config)
             write_jsonl(out / "steps.jsonl", cost.pop("log"))
             for part in parts:
@@ -379,6 +388,7 @@ class Experiment:
         code_of_loss = [
             code(train.LOSSES[train_config.loss]),
             code(getattr(train, f"{train_config.loss}_loss", train.xent_loss)),
+            code(getattr(conf_loss, f"{train_config.loss}_target", conf_loss.cross_entropy)),
         ]
         config = {
             "model": model.identity(),
@@ -466,13 +476,13 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=1)
-def load_classifier(spec: ModelSpec, dtype: str):
+def load_classifier(spec: ModelSpec, dtype: str, kernels: str):
     """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
     import torch
 
     from train import Classifier
 
-    return Classifier(spec, 2, getattr(torch, dtype))
+    return Classifier(spec, 2, getattr(torch, dtype), kernels)
 
 
 @functools.lru_cache(maxsize=1)
@@ -486,6 +496,7 @@ def debater(spec: ModelSpec, settings):
 
 
 def run(experiments: list[Experiment]) -> None:
+    print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
     for spec in (experiments[0].weak, experiments[0].strong):
         load_config(spec)
     stages = [s for e in experiments for s in e.stages()]
