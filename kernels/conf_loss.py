@@ -129,19 +129,19 @@ def select_quantile(p, margin, inside, q, n_rows):
     lower = tl.floor(rank).to(tl.int32)
     bits = margin.to(tl.int32, bitcast=True)
     key = tl.where(inside, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)  # orders as the floats do
-    low, high = -0x80000000 + tl.zeros_like(lower), 0x7FFFFFFF + tl.zeros_like(lower)
+    low, high = tl.full([], -0x80000000, tl.int32), tl.full([], 0x7FFFFFFF, tl.int32)
     for _ in range(32):  # the smallest key with more than `lower` samples up to it
         middle = (low & high) + ((low ^ high) >> 1)
         enough = tl.sum((inside & (key <= middle)).to(tl.int32), 0) > lower
         high = tl.where(enough, middle, high)
         low = tl.where(enough, low, middle + 1)
-    below, at = -1.0 + tl.zeros_like(q), tl.sum((inside & (key < high)).to(tl.int32), 0)
+    below, at = tl.full([], -1.0, tl.float64), tl.sum((inside & (key < high)).to(tl.int32), 0)
     while (at <= lower) & (below < 2.0):  # through the samples of that margin, by value; NaN ends it too
         below = tl.min(tl.where(inside & (key == high) & (p > below), p, 2.0), 0)
-        at = tl.sum((inside & ((key < high) | ((key == high) & (p <= below)))).to(tl.int32), 0)
+        at = tl.sum((inside & (p <= below)).to(tl.int32), 0)
     above = tl.where(at > lower + 1, below, tl.min(tl.where(inside & (p > below), p, 2.0), 0))
     w = rank - lower
-    return tl.where(w < 0.5, below + w * (above - below), above - (above - below) * (1.0 - w))
+    return tl.fma(tl.where(w < 0.5, w, w - 1.0), above - below, tl.where(w < 0.5, below, above))  # as torch.lerp
 
 
 @triton.jit
@@ -173,8 +173,8 @@ def loss_kernel(
         c = tl.load(coef + e) if COEF_PER_HEAD else coef
         threshold = hardening_threshold(z_ptr, y_ptr, n_rows, ROWS)
     k = tl.arange(0, BLOCK_K)[None, :]
-    loss, confidence = tl.zeros([BLOCK_B], tl.float32), tl.zeros([BLOCK_B], tl.float32)
-    hardened, agree = tl.zeros([BLOCK_B], tl.int32), tl.zeros([BLOCK_B], tl.int32)
+    loss, confidence = tl.full([BLOCK_B], 0.0, tl.float32), tl.full([BLOCK_B], 0.0, tl.float32)
+    hardened, agree = tl.full([BLOCK_B], 0, tl.int32), tl.full([BLOCK_B], 0, tl.int32)
     for start in range(0, n_rows, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         row, is_class = b < n_rows, k < n_classes

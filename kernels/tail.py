@@ -61,8 +61,8 @@ def forward_kernel(
     b = tl.program_id(0)
     row = b.to(tl.int64) if rows_ptr is None else tl.load(rows_ptr + b).to(tl.int64)
     k = tl.arange(0, BLOCK_K)[:, None]
-    squares = tl.zeros([BLOCK_D], tl.float32)
-    products = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    squares = tl.full([BLOCK_D], 0.0, tl.float32)
+    products = tl.full([BLOCK_K, BLOCK_D], 0.0, tl.float32)
     for start in range(0, n_cols, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         h = tl.load(h_ptr + row * h_stride + d, mask=d < n_cols, other=0.0).to(tl.float32)
@@ -95,10 +95,10 @@ def backward_kernel(
     head = tl.load(
         head_ptr + k[:, None] * n_cols + d[None, :], mask=(k[:, None] < n_classes) & (d[None, :] < n_cols), other=0.0
     ).to(tl.float32)
-    d_head = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    d_head = tl.full([BLOCK_K, BLOCK_D], 0.0, tl.float32)
     if norm_ptr is not None:
         norm = tl.load(norm_ptr + d, mask=d < n_cols, other=0.0).to(tl.float32)
-        d_norm = tl.zeros([BLOCK_D], tl.float32)
+        d_norm = tl.full([BLOCK_D], 0.0, tl.float32)
     first = tl.program_id(1) * ROWS
     for start in range(first, tl.minimum(first + ROWS, n_rows), BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
