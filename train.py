@@ -41,6 +41,9 @@ from common import (
     stable_hash,
     write_jsonl,
 )
+from kernels import CHOICES, resolve
+from kernels.conf_loss import MODES, conf_loss, cross_entropy, logconf_target, product_target
+from kernels.tail import tail
 
 # name -> loss of (logits [B, K], soft labels [B, K], share of the run done, TrainConfig)
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -59,6 +62,9 @@ class TrainConfig:
     seed: int = flag(0, "order of the samples", int)
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
+    kernels: str = flag(
+        "auto", "head, loss and its gradient: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES
+    )
     micro_tokens: int = flag(32768, "most tokens in one forward; does not change the result", int)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool)
     compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool)
@@ -75,18 +81,12 @@ class TrainConfig:
 
 def xent_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of soft labels: mean_b -sum_k y_bk log softmax(z_b)_k."""
-    return -(labels * F.log_softmax(logits, dim=-1)).sum(-1).mean(-1)
+    return cross_entropy(logits, labels)
 
 
 def product_loss(logits: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Cross-entropy to the target p^beta y^alpha, renormalised over K and detached (OpenAI weak-to-strong code).
-
-    Computed in log space, so that saturated p and y give no 0/0. Where the two exclude each other, log y alone decides.
-    """
-    log_p = F.log_softmax(logits.detach(), dim=-1)
-    log_y = labels.log().clamp_min(torch.finfo(logits.dtype).min / 4)
-    target = F.softmax(beta * log_p + alpha * log_y, dim=-1)
-    return xent_loss(logits, target)
+    """Cross-entropy to the target p^beta y^alpha, renormalised over K and detached (OpenAI weak-to-strong code)."""
+    return cross_entropy(logits, product_target(logits, labels, alpha, beta))
 
 
 def logconf_loss(
@@ -105,23 +105,39 @@ def logconf_loss(
     """
     if logits.shape[-1] != 2:
         raise ValueError(f"logconf_loss needs two classes, got K={logits.shape[-1]}")
+    return cross_entropy(logits, logconf_target(logits, labels, aux_weight(step_frac, aux_coef, warmup_frac, ramp)))
+
+
+def aux_weight(step_frac: float, aux_coef: float, warmup_frac: float, ramp: str) -> float:
+    """c of the confidence loss at this share of the run: aux_coef after the warm-up, less before."""
     if step_frac > warmup_frac or (ramp == "linear" and warmup_frac == 0):
-        c = aux_coef
-    else:
-        c = aux_coef * (step_frac if ramp == "openai" else step_frac / warmup_frac)
-    h = F.one_hot((~hardened_to_0(logits, labels)).long(), 2).to(labels)
-    return xent_loss(logits, (1 - c) * labels + c * h)
+        return aux_coef
+    return aux_coef * (step_frac if ramp == "openai" else step_frac / warmup_frac)
 
 
-def hardened_to_0(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples of the batch the confidence loss hardens to class 0: bool [B]. In float64: float32 ties at p = 1.
+def loss_and_gradient(logits: Tensor, labels: Tensor, step_frac: float, config: TrainConfig, kernels: str):
+    """The loss [...] and its gradient at the logits [..., B, K]: of one kernel launch, or of LOSSES by autograd.
 
-    The threshold is torch.quantile's, one for each head, which that function has no form for.
+    A loss of LOSSES that has no kernel is computed without one.
     """
-    p0 = F.softmax(logits.detach().double(), dim=-1)[..., 0]
-    rank = labels[..., 1].double().mean(-1, keepdim=True).clamp(0, 1) * (p0.shape[-1] - 1)
-    below, above = (p0.sort(-1).values.gather(-1, r.long()) for r in (rank.floor(), rank.ceil()))
-    return p0 >= below.lerp(above, rank - rank.floor())
+    if kernels == "triton" and config.loss in MODES:
+        c = aux_weight(step_frac, config.aux_coef, config.warmup_frac, config.ramp)
+        heads = (x.reshape(-1, *x.shape[-2:]) for x in (logits, labels))
+        loss, gradient, _ = conf_loss(*heads, config.loss, c, config.alpha, config.beta, kernels)
+        return loss.view(logits.shape[:-2]), gradient.view_as(logits)
+    z = logits.detach().requires_grad_()
+    loss = LOSSES[config.loss](z, labels, step_frac, config)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), z)
+
+
+def check_kernel(config: TrainConfig, kernels: str, dev: torch.device) -> None:
+    """Raises InputError where the kernel computes another loss than LOSSES does, as after an edit of the latter."""
+    z, y = (torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(dev) for i in (0, 1))
+    found, wanted = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
+    if abs(found - wanted) > 1e-4 * (1 + abs(wanted)):
+        raise InputError(
+            f"loss {config.loss!r}: the kernel gives {found}, train.py {wanted}; choose --kernels reference"
+        )
 
 
 # ---- the packed forward ----
@@ -214,7 +230,8 @@ def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
 class Classifier:
     """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights."""
 
-    def __init__(self, spec: ModelSpec, n_classes: int, dtype: torch.dtype):
+    def __init__(self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto"):
+        self.kernels = resolve(kernels)
         self.tokenizer = load_tokenizer(spec)
         self.model = load_model(
             spec, AutoModelForSequenceClassification, torch.float32, num_labels=n_classes, attn_implementation="packed"
@@ -253,19 +270,24 @@ class Classifier:
     def optimizer(self) -> "MasterAdam":
         return MasterAdam([p for p in self.model.parameters() if p.requires_grad])
 
-    def features(self, samples: list[list[int]]) -> Tensor:
-        """What the head reads of B tokenised samples: float32 [B, D] after the final norm, in one packed forward."""
+    def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states after the final norm, of one packed forward, and which rows of them are last tokens (None: all)."""
         ids, positions, where = pack(samples, self.model.device)
         hidden = self.model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
         ).last_hidden_state[0]
-        if not self.prunes:
-            hidden = hidden[where.cu_seqlens[1:].long() - 1]
-        return hidden.float()
+        rows = None if self.prunes else where.cu_seqlens[1:] - 1
+        return hidden, rows
+
+    def features(self, samples: list[list[int]]) -> Tensor:
+        """What the head reads, float32 [B, D]."""
+        hidden, rows = self.hidden(samples)
+        return (hidden if rows is None else hidden[rows.long()]).float()
 
     def logits(self, samples: list[list[int]]) -> Tensor:
         """Float32 class logits [B, K]."""
-        return self.model.score(self.features(samples))
+        hidden, rows = self.hidden(samples)
+        return tail(hidden, rows, None, 0.0, self.model.score.weight, self.kernels)
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Token ids of each text, and how many texts were cut to `max_tokens`."""
@@ -364,6 +386,7 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
     classifier.reset(config)
     samples, n_cut = classifier.encode(texts, config.max_tokens)
     labels, dev = labels.float(), classifier.model.device
+    check_kernel(config, classifier.kernels, dev)
     optimizer = classifier.optimizer
     schedule = list(batches(len(samples), config))
     n_tokens, log, unread, start = 0, [], [], time.time()
@@ -373,12 +396,11 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
         whole = classifier.logits(tokens) if len(slices) == 1 else None
         if whole is None:
             with torch.no_grad():
-                z = torch.cat([classifier.logits(tokens[s]) for s in slices]).requires_grad_()
+                z = torch.cat([classifier.logits(tokens[s]) for s in slices])
         else:
-            z = whole.detach().requires_grad_()
-        loss = LOSSES[config.loss](z, y, step / len(schedule), config)
-        unread.append(loss.detach())
-        (gradient,) = torch.autograd.grad(loss, z)
+            z = whole.detach()
+        loss, gradient = loss_and_gradient(z, y, step / len(schedule), config, classifier.kernels)
+        unread.append(loss)
         for i, s in enumerate(slices):
             (classifier.logits(tokens[s]) if whole is None else whole).backward(gradient[s])
             optimizer.take_gradients(first=i == 0)
@@ -427,13 +449,13 @@ def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Te
     return (features(classifier, texts, config) @ classifier.model.score.weight.cpu().T).softmax(-1)
 
 
-def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig]) -> Tensor:
+def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], kernels: str = "auto") -> Tensor:
     """Heads alone, E at once, on frozen features x [N, D] with E soft labels [N, K]: weights [E, K, D].
 
     Head e becomes what `configs[e]` would make of it alone: same order, loss and schedule. All must agree in number of
     steps and batch size.
     """
-    labels, n_classes = torch.stack(labels), labels[0].shape[-1]
+    labels, n_classes, kernels = torch.stack(labels), labels[0].shape[-1], resolve(kernels)
     seeds = list(dict.fromkeys(c.seed for c in configs))  # heads of one seed read the same batches
     count = Counter(c.seed for c in configs)
     n_slots = max(count.values())
@@ -448,9 +470,13 @@ def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig]) 
         z = x[index] @ weight.view(len(seeds), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
         z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
         y = labels.take_along_dim(index[[seeds.index(c.seed) for c in configs]][..., None], 1)
-        loss = sum(LOSSES[name](z[e], y[e], step / len(orders), configs[e[0]]).sum() for name, e in alike.items())
+        gradient = torch.empty_like(z)
+        for e in alike.values():
+            gradient[e] = loss_and_gradient(z[e].detach(), y[e], step / len(orders), configs[e[0]], kernels)[1]
         weight.grad = None
-        loss.backward()  # not autograd.grad: fused Adam reads a gradient as if it lay in memory as its parameter does
+        z.backward(
+            gradient
+        )  # not autograd.grad: fused Adam reads a gradient as if it lay in memory as its parameter does
         adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
         adam.step()
     return weight.detach()[slots]
@@ -500,7 +526,8 @@ def main() -> None:
     n_classes = max([len(r["probs"]) for r in train if isinstance(r.get("probs"), list)], default=2)
     labels = soft_labels(train, n_classes)
     soft_labels([r for r in test if "label" in r], n_classes)
-    classifier = Classifier(ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype))
+    classifier = Classifier(ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels)
+    print0(f"{args.model} in {classifier.dtype}, kernels: {classifier.kernels}")
     cost = finetune(classifier, [r["text"] for r in train], labels, config)
     probs = predict(classifier, [r["text"] for r in test], config)
     write_jsonl(out / "steps.jsonl", cost.pop("log"))

@@ -44,6 +44,7 @@ from common import (
     run_script,
     write_jsonl,
 )
+from kernels import CHOICES, resolve
 
 # ---- what is compared ----
 
@@ -146,6 +147,7 @@ class Config:
     top_p: float | None = flag(None, "of the debaters (1.0)", float)
     chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
+    kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
@@ -159,13 +161,15 @@ class Config:
         defaults = dict(
             methods=tuple(METHODS), out=f"out/{self.preset}", max_sample_tokens=1024, lr=1e-5, epochs=2, batch_size=32,
             ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, chat=False, dtype="auto",
+            kernels="auto",
         ) | PRESETS[self.preset] | PER_TASK.get((self.preset, task), {})  # fmt: skip
         given = {k: v for k, v in vars(self).items() if v is not None and v != ()}
         config = dataclasses.replace(self, **(defaults | given))
         dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
         config = dataclasses.replace(
-            config, weak_lr=config.lr if config.weak_lr is None else config.weak_lr, dtype=dtype
-        )
+            config, weak_lr=config.lr if config.weak_lr is None else config.weak_lr, dtype=dtype,
+            kernels=resolve(config.kernels),
+        )  # fmt: skip
         for name in (
             "limit_train",
             "limit_test",
@@ -204,6 +208,9 @@ class Experiment:
         self.runs = results_folder(config) / task  # what is trained on them
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
         self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
+
+    def classifier(self, model: ModelSpec):
+        return load_classifier(model, self.config.dtype, self.config.kernels)
 
     def file(self, name: str) -> Path:
         return self.folder / "data" / name
@@ -282,7 +289,7 @@ class Experiment:
         """Samples and their transcripts so far -> the class that the weak floor prefers."""
         from train import TrainConfig, predict
 
-        classifier = load_classifier(ModelSpec(str(self.asked_floor().folder / "model")), self.config.dtype)
+        classifier = self.classifier(ModelSpec(str(self.asked_floor().folder / "model")))
 
         def choose(samples: list[dict], rows: list[dict]) -> list[int]:
             texts = [self.context("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)]
@@ -365,6 +372,7 @@ class Experiment:
         return TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
+            kernels=c.kernels,
         )  # fmt: skip
 
     def finetuning(
@@ -376,12 +384,14 @@ class Experiment:
         not the samples' own.
         """
         import train
+        from kernels import conf_loss
 
         read = read or (lambda part: read_jsonl(self.file(f"{part}.jsonl")))
         keep = keep or self.config.keep_models
         code_of_loss = [
             code(train.LOSSES[train_config.loss]),
             code(getattr(train, f"{train_config.loss}_loss", train.xent_loss)),
+            code(getattr(conf_loss, f"{train_config.loss}_target", conf_loss.cross_entropy)),
         ]
         config = {
             "model": model.identity(),
@@ -404,7 +414,7 @@ class Experiment:
             return Stage(folder, config | {"head_only": True}, inputs | tested, make)
 
         def make(out: Path) -> dict:
-            classifier, rows = load_classifier(model, self.config.dtype), samples()
+            classifier, rows = self.classifier(model), samples()
             cost = train.finetune(classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), train_config)
             write_jsonl(out / "steps.jsonl", cost.pop("log"))
             for part in parts:
@@ -424,14 +434,14 @@ class Experiment:
         import train
 
         start, runs = time.time(), self.heads[reader]
-        classifier = load_classifier(model, self.config.dtype)
+        classifier = self.classifier(model)
 
         def features(rows: list[dict], config):
             return train.features(classifier, [r["text"] for r in rows], config).to(classifier.model.device)
 
         labelled, configs = [run[0]() for run in runs.values()], [run[1] for run in runs.values()]
         labels = [train.soft_labels(rows, 2).to(classifier.model.device) for rows in labelled]
-        weights = train.finetune_heads(features(labelled[0], configs[0]), labels, configs)
+        weights = train.finetune_heads(features(labelled[0], configs[0]), labels, configs, self.config.kernels)
         read = {part: read for *_, parts, read in runs.values() for part in parts}
         of = {part: features(read[part](part), configs[0]) for part in read}
         probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
@@ -520,13 +530,13 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=1)
-def load_classifier(spec: ModelSpec, dtype: str):
+def load_classifier(spec: ModelSpec, dtype: str, kernels: str):
     """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
     import torch
 
     from train import Classifier
 
-    return Classifier(spec, 2, getattr(torch, dtype))
+    return Classifier(spec, 2, getattr(torch, dtype), kernels)
 
 
 @functools.lru_cache(maxsize=1)
@@ -540,6 +550,7 @@ def debater(spec: ModelSpec, settings):
 
 
 def run(experiments: list[Experiment]) -> None:
+    print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
     for spec in (experiments[0].weak, experiments[0].strong):
         load_config(spec)
     stages = [s for e in experiments for s in e.stages()]

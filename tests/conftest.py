@@ -12,6 +12,9 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; `auto` still means the reference without a GPU
+
 torch.set_num_threads(2)
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # of the scripts that the tests start
 

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import common
 import train
 from common import InputError, ModelSpec, load_model, read_jsonl, write_jsonl
+from kernels import conf_loss
 from train import Classifier, TrainConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
@@ -130,7 +131,7 @@ def test_the_targets_of_product_and_logconf_carry_no_gradient():
     (gradient,) = torch.autograd.grad(train.product_loss(z, y), z)
     assert_close(gradient, (p - p) / 6)  # y is even, so the target is p itself: softmax minus target
     (gradient,) = torch.autograd.grad(train.logconf_loss(z, y, 1.0), z)
-    h = torch.eye(2, dtype=torch.float64)[(~train.hardened_to_0(z, y)).long()]
+    h = torch.eye(2, dtype=torch.float64)[(~conf_loss.hardened_to_0(z, y)).long()]
     assert_close(gradient, (p - (y + h) / 2) / 6)
 
 
@@ -173,7 +174,7 @@ def classifier():
 def recorded(classifier, texts, labels, config, monkeypatch):
     """A run: its losses, the gradients before each step, what was hardened, and the predictions."""
     gradients, hardened = [], []
-    step, harden = train.MasterAdam.step, train.hardened_to_0
+    step, harden = train.MasterAdam.step, conf_loss.hardened_to_0
 
     def spy_step(self, lr):
         gradients.append(torch.cat([m.grad.flatten() for m in self.masters]))
@@ -185,7 +186,7 @@ def recorded(classifier, texts, labels, config, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(train.MasterAdam, "step", spy_step)
-        m.setattr(train, "hardened_to_0", spy_harden)
+        m.setattr(conf_loss, "hardened_to_0", spy_harden)
         losses = torch.tensor([row["loss"] for row in train.finetune(classifier, texts, labels, config)["log"]])
     return losses, torch.stack(gradients), hardened, train.predict(classifier, texts, config)
 
@@ -220,7 +221,7 @@ def test_hardening_is_the_same_from_logits_of_any_micro_batch(classifier):
         for n in (1, 2, 8):
             parts = torch.cat([classifier.logits(samples[i : i + n]) for i in range(0, 32, n)])
             assert_close(parts, whole, atol=1e-5, rtol=0)
-            assert train.hardened_to_0(parts, y).tolist() == train.hardened_to_0(whole, y).tolist()
+            assert conf_loss.hardened_to_0(parts, y).tolist() == conf_loss.hardened_to_0(whole, y).tolist()
 
 
 # ---- the packed forward, the head, the cut ----
@@ -556,9 +557,7 @@ def test_heads_trained_at_once_are_those_trained_alone(n):
     torch.manual_seed(0)
     x = torch.randn(45, 16)
     configs = [
-        TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8)
-        for seed in range(3)
-        for loss in train.LOSSES
+        TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8) for seed in range(3) for loss in train.LOSSES
     ][-n:]
     labels = [(4 * torch.randn(45, 2)).softmax(-1) for _ in configs]
     weights = train.finetune_heads(x, labels, configs)
@@ -585,4 +584,12 @@ def test_the_threshold_is_torchs_quantile():
         y = y.round() if case % 5 == 0 else y
         p0 = z.softmax(-1)[:, 0]
         wanted = p0 >= torch.quantile(p0, y[:, 1].mean().clamp(0, 1))
-        assert torch.equal(train.hardened_to_0(z, y), wanted)
+        assert torch.equal(conf_loss.hardened_to_0(z, y), wanted)
+
+
+def test_a_loss_that_was_edited_is_not_computed_by_the_kernel_of_the_old_one(monkeypatch):
+    train.check_kernel(TrainConfig(loss="product"), "triton", torch.device("cpu"))
+    monkeypatch.setitem(train.LOSSES, "product", lambda z, y, step_frac, c: train.product_loss(z, y, 2.0, c.beta))
+    with pytest.raises(InputError, match="choose --kernels reference"):
+        train.check_kernel(TrainConfig(loss="product"), "triton", torch.device("cpu"))
+    train.check_kernel(TrainConfig(loss="product"), "reference", torch.device("cpu"))

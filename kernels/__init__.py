@@ -1,0 +1,28 @@
+"""Triton kernels of the finetuning step, each beside its PyTorch reference in the same signature.
+
+    tail.py        hidden states -> class logits: gather of the last tokens, final norm, head
+    conf_loss.py   class logits -> loss, gradient and statistics: xent, product, logconf, for E heads at once
+    bench.py       python -m kernels.bench
+
+Nothing here imports torch's CUDA parts or asks for a driver until a kernel is called.
+"""
+
+CHOICES = ("auto", "triton", "reference")
+
+
+def resolve(choice: str) -> str:
+    """triton or reference; auto is triton on a GPU and the reference elsewhere. Raises InputError on what cannot run."""
+    from common import InputError
+
+    if choice not in CHOICES:
+        raise InputError(f"kernels {choice!r}: choose from {', '.join(CHOICES)}")
+    if choice == "reference":
+        return choice
+    import torch
+    import triton
+
+    if choice == "auto":
+        return "triton" if torch.cuda.is_available() else "reference"
+    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        raise InputError("kernels 'triton': no CUDA GPU here and TRITON_INTERPRET is not 1; choose auto or reference")
+    return choice

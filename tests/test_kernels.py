@@ -1,0 +1,282 @@
+"""kernels/: every output against float64, the quantile against torch's, registers on sm_90.
+
+Without a GPU the kernels run in Triton's interpreter (conftest.py), which shows neither races nor the GPU's rounding.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from conftest import ROOT
+from torch.testing import assert_close
+
+import train
+from common import InputError, ModelSpec, device
+from kernels import conf_loss, resolve, tail
+
+DEVICE = device()
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's log(0) and 0 * inf, of which no trace may be stored
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN: an element that a kernel does not write shows in every comparison."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.empty(2, 2).new_empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_accurate(got, want, scale=None):
+    """float32: 1e-6 of the norm of `scale`, if not of `want`. bfloat16: one unit in the last place of the rounded value."""
+    assert got.shape == want.shape and want.dtype == torch.float64 and want.norm() > 0
+    error = (got.double() - want).abs()
+    if got.dtype == torch.float32:
+        assert error.norm() <= 1e-6 * (want if scale is None else scale).norm()
+    else:
+        ulp = 2.0 ** (want.abs().clamp_min(1e-30).log2().floor() - 7)
+        error = (got.double() - want.bfloat16().double()).abs()
+        assert (error <= ulp + 1e-6 * want.abs().max()).all()  # where terms cancel, float32's error counts
+
+
+# ---- tail ----
+
+# B: 513 and 1030 are split among programs, with a rest; D: 5120 is more than one block of the forward, 576 of the backward
+TAILS = [
+    (1, 64, 2, torch.float32, True, True),
+    (2, 5120, 3, torch.bfloat16, True, True),
+    (31, 576, 2, torch.float32, False, False),
+    (31, 64, 8, torch.bfloat16, False, True),
+    (32, 5120, 2, torch.float32, True, False),
+    (289, 64, 2, torch.bfloat16, True, False),
+    (513, 64, 3, torch.float32, True, True),
+    (1030, 64, 2, torch.float32, False, False),
+]
+
+
+@pytest.mark.parametrize("B, D, K, dtype, normed, gathered", TAILS)
+def test_tail_and_its_gradients_are_those_of_float64(B, D, K, dtype, normed, gathered):
+    N = B + 7 if gathered else B
+    rows = torch.randperm(N, generator=torch.Generator().manual_seed(1))[:B].int().to(DEVICE) if gathered else None
+    hidden, norm_w, head_w, g = (
+        randn(N, D).to(dtype),
+        1 + randn(D, seed=2) / 4,
+        randn(K, D, seed=3),
+        randn(B, K, seed=4),
+    )
+    inputs = [x.requires_grad_() for x in (hidden, head_w, *([norm_w] if normed else []))]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+
+    def run(kernels, hidden, head_w, norm_w=None):
+        z = tail.tail(hidden, rows, norm_w, 1e-5, head_w, kernels)
+        return z, torch.autograd.grad(z, [x for x in (hidden, head_w, norm_w) if x is not None], g.to(z.dtype))
+
+    z, gradients = run("triton", *inputs)
+    want_z, want_gradients = run("reference", *doubles)
+    assert z.dtype == torch.float32
+    assert_accurate(z, want_z)
+    for x, got, want in zip(inputs, gradients, want_gradients, strict=True):
+        assert got.dtype == x.dtype
+        assert_accurate(got, want)
+
+
+def test_tail_reference_is_the_norm_and_head_of_a_llama():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm, head = LlamaRMSNorm(64, eps=1e-5).to(DEVICE), torch.nn.Linear(64, 3, bias=False, device=DEVICE)
+    norm.weight.data = 1 + randn(64, seed=1) / 4
+    hidden, rows = randn(9, 64), torch.tensor([8, 0, 3], dtype=torch.int32, device=DEVICE)
+    assert_close(tail.reference(hidden, rows, norm.weight, 1e-5, head.weight), head(norm(hidden)[rows.long()]))
+
+
+# ---- loss ----
+
+LOSSES = [
+    (1, 1, 2), (1, 2, 3), (3, 31, 2), (1, 32, 2), (8, 32, 8), (3, 289, 3), (3, 289, 2), (1, 4096, 2), (1, 4096, 8), (64, 5, 2),
+]  # fmt: skip
+
+
+def random_batch(E, B, K, shared_labels=False):
+    z, y = 3 * randn(E, B, K), (2 * randn(1 if shared_labels else E, B, K, seed=1)).softmax(-1)
+    hard = torch.rand(y.shape[:2], generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.3
+    return z, torch.where(hard[..., None], torch.nn.functional.one_hot(y.argmax(-1), K).float(), y)
+
+
+@pytest.mark.parametrize("mode", conf_loss.MODES)
+@pytest.mark.parametrize("E, B, K", LOSSES)
+def test_loss_gradient_and_statistics_are_those_of_float64(mode, E, B, K):
+    if mode == "logconf" and K != 2:
+        pytest.skip("the confidence loss is for two classes")
+    z, y = random_batch(E, B, K, shared_labels=E > 1 and B > 100)
+    coef = torch.linspace(0.1, 0.9, E, device=DEVICE) if E > 1 else 0.5
+    got = conf_loss.conf_loss(z, y, mode, coef, 1.5, 0.5, "triton")
+    wide = coef.double() if E > 1 else coef
+    want = conf_loss.conf_loss(z.double(), y.double(), mode, wide, 1.5, 0.5, "reference")
+    assert want[2][:, 1].any() == (mode == "logconf")
+    for g, w, scale in zip(got, want, (None, z.double().softmax(-1) / B, None), strict=True):
+        assert g.dtype == torch.float32
+        assert_accurate(g, w, scale)  # the gradient is a difference of probabilities, be it small
+
+
+@pytest.mark.parametrize("mode", conf_loss.MODES)
+def test_train_gives_the_same_loss_with_either(mode):
+    """The kernel, train.py's own losses by autograd, and the reference's gradient are one definition."""
+    (z,), (y,) = random_batch(1, 32, 2)
+    config = train.TrainConfig(loss=mode, alpha=1.5, beta=0.5)
+    for step_frac in (0.05, 0.8):
+        loss, gradient = train.loss_and_gradient(z, y, step_frac, config, "reference")
+        kernel_loss, kernel_gradient = train.loss_and_gradient(z, y, step_frac, config, "triton")
+        assert_close(kernel_loss, loss, atol=1e-6, rtol=1e-6)
+        assert_close(kernel_gradient, gradient, atol=1e-7, rtol=1e-6)
+        c = train.aux_weight(step_frac, config.aux_coef, config.warmup_frac, config.ramp)
+        loss_of_reference, gradient_of_reference, _ = conf_loss.reference(z[None], y[None], mode, c, 1.5, 0.5)
+        assert torch.equal(loss_of_reference[0], loss) and torch.equal(gradient_of_reference[0], gradient)
+
+
+# ---- the quantile ----
+
+
+@triton.jit
+def quantile_kernel(p_ptr, margin_ptr, q_ptr, n_ptr, out_ptr, ROWS: tl.constexpr):
+    e = tl.program_id(0)
+    b = tl.arange(0, ROWS)
+    n = tl.load(n_ptr + e)
+    p = tl.load(p_ptr + e * ROWS + b)
+    margin = tl.load(margin_ptr + e * ROWS + b)
+    tl.store(out_ptr + e, conf_loss.select_quantile(p, margin, b < n, tl.load(q_ptr + e), n))
+
+
+def logits_of(kind, n, generator):
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "ordinary": lambda: 6 * uniform(n, 2) - 3,
+        "all equal": lambda: torch.zeros(n, 2, dtype=torch.float64),
+        "ties": lambda: (4 * uniform(n, 2)).floor() / 2,
+        "bfloat16": lambda: (uniform(n, 2) - 0.5).bfloat16().double(),
+        "zeros and ones": lambda: torch.where(uniform(n, 1) < 0.5, 800.0, -800.0) * torch.tensor([[1.0, -1.0]]),
+        "saturated": lambda: 120 * uniform(n, 2) - 60,
+        "one float32 margin": lambda: 5.0 + 1e-9 * uniform(n, 1) * torch.tensor([[1.0, 0.0]]),
+        "extreme": lambda: torch.tensor([3e38, -3e38, 0.0, 1e-38])[(4 * uniform(n, 2)).long()].double(),
+    }[kind]()
+
+
+KINDS = ("ordinary", "all equal", "ties", "bfloat16", "zeros and ones", "saturated", "one float32 margin", "extreme")
+
+
+def test_quantile_is_torchs_in_a_thousand_cases():
+    """Thresholds to one unit in the last place (fused or not), and the same samples on either side."""
+    generator, ROWS, n_cases = torch.Generator().manual_seed(0), 32, 1000
+    p, margins = torch.full((n_cases, ROWS), 7.0, dtype=torch.float64), torch.full((n_cases, ROWS), 7.0)
+    q, n = torch.rand(n_cases, generator=generator, dtype=torch.float64), torch.randint(1, ROWS + 1, (n_cases,))
+    q[::7], q[1::7], n[2::7] = 0, 1, ROWS
+    q[3::7] = torch.arange(len(q[3::7])) % n[3::7] / n[3::7]  # mean of hard labels
+    for i in range(n_cases):
+        z = logits_of(KINDS[i % len(KINDS)], int(n[i]), generator)
+        p[i, : n[i]] = z.softmax(-1)[:, 0]
+        margins[i, : n[i]] = (z[:, 0] - z[:, 1]).float()
+    got = torch.empty(n_cases, dtype=torch.float64, device=DEVICE)
+    arrays = [x.to(DEVICE) for x in (p, margins, q, n.int())]
+    quantile_kernel[(n_cases,)](*arrays, got, ROWS=ROWS, num_warps=1)
+    for i in range(n_cases):
+        values = p[i, : n[i]]
+        want = torch.quantile(values, q[i])
+        assert abs(got[i].item() - want.item()) <= 2**-52 * want.item(), KINDS[i % len(KINDS)]
+        assert torch.equal(values >= got[i].cpu(), values >= want), KINDS[i % len(KINDS)]
+        assert torch.equal(conf_loss.quantile(values, q[i : i + 1])[0], want)
+
+
+def test_logits_that_are_not_finite_give_a_loss_that_is_not_and_end():
+    z, y = random_batch(2, 32, 2)
+    z[0, 3, 0] = float("nan")
+    loss, _, _ = conf_loss.conf_loss(z, y, "logconf", 0.5, kernels="triton")
+    assert loss.isnan().tolist() == [True, False]
+
+
+# ---- choosing ----
+
+
+def test_what_cannot_run_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="kernels 'cuda': choose from auto, triton, reference"):
+        resolve("cuda")
+    with pytest.raises(InputError, match="loss 'mine': there is a kernel for xent, product, logconf"):
+        conf_loss.conf_loss(randn(1, 4, 2), randn(1, 4, 2), "mine", kernels="triton")
+    with pytest.raises(InputError, match="4097 samples"):
+        conf_loss.conf_loss(randn(1, 4097, 2), randn(1, 4097, 2), "logconf", kernels="triton")
+    with pytest.raises(InputError, match="33 classes"):
+        tail.tail(randn(2, 8), None, None, 0.0, randn(33, 8), "triton")
+    with pytest.raises(ValueError, match="K=3"):
+        conf_loss.conf_loss(randn(1, 4, 3), randn(1, 4, 3), "logconf", kernels="triton")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="with a GPU they can run")
+def test_without_gpu_and_interpreter_auto_is_the_reference_and_triton_an_error():
+    code = "import kernels; print(kernels.resolve('auto')); kernels.resolve('triton')"
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without, capture_output=True, text=True)
+    assert done.stdout == "reference\n"
+    assert "InputError: kernels 'triton': no CUDA GPU here" in done.stderr.splitlines()[-1]
+
+
+def test_a_run_with_kernels_is_a_run_without(samples):
+    """Whole steps through tail and loss: same losses and predictions to float32's rounding."""
+    texts, labels = [s["text"] for s in samples[:16]], train.soft_labels(samples[:16], 2)
+    outcomes = []
+    for kernels in ("triton", "reference"):
+        classifier = train.Classifier(ModelSpec("random-small"), 2, torch.float32, kernels)
+        assert classifier.kernels == kernels
+        config = train.TrainConfig(loss="logconf", lr=1e-2, epochs=2, batch_size=8)
+        losses = [row["loss"] for row in train.finetune(classifier, texts, labels, config)["log"]]
+        outcomes.append((torch.tensor(losses), train.predict(classifier, texts, config)))
+    assert outcomes[0][1].std() > 0.01
+    assert_close(outcomes[0], outcomes[1], atol=1e-5, rtol=1e-5)
+
+
+# ---- on a GPU, or compiled for one ----
+
+
+def test_no_kernel_spills_registers_on_sm_90():
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests/compile_kernels.py")]
+    done = subprocess.run(command, env=without, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) > 20
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_a_step_has_three_launches_no_sync_the_same_bits_and_can_be_captured():
+    hidden, head_w, y = randn(32, 5120).bfloat16(), randn(2, 5120, seed=1) / 70, randn(1, 32, 2, seed=2).softmax(-1)
+
+    def step():
+        z, rstd = tail.forward(hidden, None, None, 0.0, head_w)
+        loss, g, _ = conf_loss.conf_loss(z[None], y, "logconf", 0.5, kernels="triton")
+        return loss, *tail.backward(hidden, None, None, head_w, z, rstd, g[0])[:2]
+
+    first = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.use_deterministic_algorithms(False)  # its NaN fills are launches too
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert sum("kernel" in e.name for e in profile.events()) == 3
+    for a, b, c in zip(first, again, captured, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
