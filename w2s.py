@@ -148,6 +148,7 @@ class Config:
     chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
+    engine: str = flag("own", "what generates the debates", choices=("own", "vllm"))
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
@@ -251,7 +252,7 @@ class Experiment:
 
         c = self.config
         folder = self.folder / "transcripts" / protocol
-        settings = debate.DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype)
+        settings = debate.DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, engine=c.engine)
         form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         if protocol == "market_making":
@@ -272,7 +273,7 @@ class Experiment:
         asked = {str(k): n for k, n in turns.items()}
         wording = {"wording": self.wording(protocol), "form": form}
         config = {"model": self.strong.identity(), **wording, **dataclasses.asdict(settings)}
-        return Stage(folder, config, inputs, make, at_least=asked)
+        return Stage(folder, config, inputs, make, at_least=asked, shared=True)
 
     def wording(self, protocol: str) -> list[str]:
         """All that a protocol's prompts say for this task, and its names for the two sides."""
@@ -541,9 +542,9 @@ def load_classifier(spec: ModelSpec, dtype: str, kernels: str):
 
 @functools.lru_cache(maxsize=1)
 def debater(spec: ModelSpec, settings):
-    from debate import Debater
+    from debate import ENGINES
 
-    return Debater(spec, settings)
+    return ENGINES[settings.engine](spec, settings)
 
 
 # ---- commands ----

@@ -363,8 +363,8 @@ def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monk
     monkeypatch.setattr(RecordingSession, "prompts", [])
     got = run_protocol(debater, "sciq", "debate", batch, [0, 1], 4, before)
     rows = [(s, got[k][i]) for i, s in enumerate(batch) for k in (0, 1)]
-    assert len(RecordingSession.prompts) == 1 + 4 - begun  # the openings, then a prompt a turn
-    for turn, fed in enumerate(RecordingSession.prompts[1:], begun):
+    assert len(RecordingSession.prompts) == 2 + 4 - begun  # what openings share, the openings, then a prompt a turn
+    for turn, fed in enumerate(RecordingSession.prompts[2:], begun):
         for (s, row), ids in zip(rows, fed, strict=True):
             text = f"{INTRODUCTION}\n\n{s['text']}\n\n"
             for t, said in enumerate(row["turns"][:turn]):
@@ -385,7 +385,7 @@ def test_market_making_argues_against_the_choice(debater, samples, monkeypatch):
     [rows] = run_protocol(debater, "sciq", "market_making", samples[:6], [0], 3, None, choose)
     assert asked == [[(s["id"], s["id"], turn) for s in samples[:6]] for turn in range(3)]
     assert [r["sides"] for r in rows] == [[1 - i % 2, 1 - i % 2, i % 2] for i in range(6)]
-    for turn, fed in enumerate(RecordingSession.prompts[1:]):
+    for turn, fed in enumerate(RecordingSession.prompts[2:]):
         for i, ids in enumerate(fed):
             unselected = ("incorrect", "correct")[rows[i]["sides"][turn]]
             wanted = f"Construct your argument for why the answer is {unselected}.\nConsultant:"
@@ -436,7 +436,7 @@ def test_a_chat_model_is_asked_through_its_template(chat_model, samples, monkeyp
     [[row]] = run_protocol(debater, "sciq", "debate", samples[:1], [0], 2)
     content = f"{INTRODUCTION}\n\n{samples[0]['text']}\n\nDebater A: {row['turns'][0]}\n"
     content += debate.instruction("sciq", "debate", 1, row["sides"][1])
-    [asked] = RecordingSession.prompts[2]
+    [asked] = RecordingSession.prompts[3]
     wanted = f"<system>Be brief.</system><user>{content}</user><assistant>Debater B:"
     assert debater.tokenizer.decode(asked) == wanted
 

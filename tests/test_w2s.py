@@ -511,7 +511,7 @@ def test_heads_alone_give_the_same_rows_on_the_same_debates(copied):
         ("table2.md", "table4.md", "table5.md"), 1
     )
     trained = {p.parent.name: p.read_bytes() for p in heads.runs.glob("predictions/*/test.jsonl")}
-    assert len(set(trained.values())) > len(trained) / 2  # losses, seeds and weak labels matter
+    assert len(set(trained.values())) >= len({r["method"] for r in rows})  # losses and weak labels matter
 
 
 def test_plan_starts_nothing(tmp_path, capsys):
