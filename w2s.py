@@ -107,8 +107,8 @@ PRESETS = {
         lr=1e-2, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,
     ),
     "tiny": dict(
-        tasks=("places",), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=128, lr=2e-4,
-        batch_size=8, max_new_tokens=6, temperature=0.7, chat=True, dtype="bfloat16",
+        tasks=("places",), seeds=(0, 1), weak="smollm2-135m:3", strong="smollm2-135m", limit_train=120, lr=2e-4,
+        epochs=3, batch_size=8, max_new_tokens=6, temperature=0.7, chat=True, dtype="bfloat16",
     ),
     "small": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
@@ -117,7 +117,7 @@ PRESETS = {
     "paper": dict(tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B"),
 }  # fmt: skip
 PER_TASK = {  # a preset's sizes for a task that needs others (LOG.md, 2026-11-23)
-    ("tiny", "sciq"): dict(limit_train=600, lr=1e-4, weak_lr=2e-4, max_new_tokens=8),
+    ("tiny", "sciq"): dict(limit_train=1600, lr=1e-4, weak_lr=2e-4, epochs=2, batch_size=32, max_new_tokens=8),
 }
 
 
