@@ -38,6 +38,7 @@ from common import (
     load_tokenizer,
     parse_dataclass,
     print0,
+    rank,
     read_json,
     read_jsonl,
     resolve_dtype,
@@ -210,8 +211,8 @@ class Experiment:
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
         self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
 
-    def classifier(self, model: ModelSpec):
-        return load_classifier(model, self.config.dtype, self.config.kernels)
+    def classifier(self, model: ModelSpec, sharded: bool = False):
+        return load_classifier(model, self.config.dtype, self.config.kernels, sharded)
 
     def file(self, name: str) -> Path:
         return self.folder / "data" / name
@@ -415,19 +416,21 @@ class Experiment:
             return Stage(folder, config | {"head_only": True}, inputs | tested, make)
 
         def make(out: Path) -> dict:
-            classifier, rows = self.classifier(model), samples()
+            classifier, rows = self.classifier(model, sharded=True), samples()
             cost = train.finetune(classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), train_config)
-            write_jsonl(out / "steps.jsonl", cost.pop("log"))
+            files = {"steps": cost.pop("log")}
             for part in parts:
                 rows = read(part)
                 probs = train.predict(classifier, [r["text"] for r in rows], train_config)
-                write_jsonl(out / f"{part}.jsonl", train.prediction_rows(rows, probs))
+                files[part] = train.prediction_rows(rows, probs)
+            for name, rows in files.items() if rank() == 0 else ():
+                write_jsonl(out / f"{name}.jsonl", rows)
             if keep:
                 train.save_model(classifier, out / "model")
             return cost
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
-        return Stage(folder, config, inputs | tested, make, at_least=kept)
+        return Stage(folder, config, inputs | tested, make, at_least=kept, shared=True)
 
     @functools.cache  # noqa: B019
     def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
@@ -438,7 +441,8 @@ class Experiment:
         classifier = self.classifier(model)
 
         def features(rows: list[dict], config):
-            return train.features(classifier, [r["text"] for r in rows], config).to(classifier.model.device)
+            texts = [r["text"] for r in rows]
+            return train.forward_all(classifier, texts, config, classifier.features).to(classifier.model.device)
 
         labelled, configs = [run[0]() for run in runs.values()], [run[1] for run in runs.values()]
         labels = [train.soft_labels(rows, 2).to(classifier.model.device) for rows in labelled]
@@ -531,13 +535,13 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=1)
-def load_classifier(spec: ModelSpec, dtype: str, kernels: str):
+def load_classifier(spec: ModelSpec, dtype: str, kernels: str, sharded: bool):
     """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
     import torch
 
     from train import Classifier
 
-    return Classifier(spec, 2, getattr(torch, dtype), kernels)
+    return Classifier(spec, 2, getattr(torch, dtype), kernels, sharded)
 
 
 @functools.lru_cache(maxsize=1)

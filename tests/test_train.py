@@ -197,7 +197,7 @@ def test_micro_batches_change_nothing(classifier, loss, monkeypatch):
     labels = torch.rand(96, 1, generator=torch.Generator().manual_seed(0))
     labels = torch.cat([labels, 1 - labels], 1)
     config = TrainConfig(loss=loss, lr=3e-3, epochs=1, batch_size=32, warmup_frac=0.3)
-    assert [len(list(train.micro_batches([[0] * 9] * 32, 9 * n))) for n in (1, 2, 8)] == [32, 16, 4]
+    assert [len(list(train.micro_batches(range(32), [9] * 32, 9 * n))) for n in (1, 2, 8)] == [32, 16, 4]
     losses, gradients, hardened, probs = recorded(classifier, texts, labels, config, monkeypatch)
     assert gradients.shape[0] == 3 and gradients.abs().amax(1).min() > 1e-3
     assert loss != "logconf" or 0 < sum(hardened[-1]) < 32
@@ -593,3 +593,24 @@ def test_a_loss_that_was_edited_is_not_computed_by_the_kernel_of_the_old_one(mon
     with pytest.raises(InputError, match="choose --kernels reference"):
         train.check_kernel(TrainConfig(loss="product"), "triton", torch.device("cpu"))
     train.check_kernel(TrainConfig(loss="product"), "reference", torch.device("cpu"))
+
+
+def test_out_of_memory_halves_the_budget_and_changes_nothing(classifier, samples, monkeypatch, capsys):
+    texts, labels = [s["text"] for s in samples[:16]], torch.eye(2)[[s["label"] for s in samples[:16]]]
+    config, logits = TrainConfig(loss="logconf", lr=1e-3, batch_size=8), Classifier.logits
+    plain = train.finetune(classifier, texts, labels, config)
+    wanted = train.predict(classifier, texts, config)
+
+    def small_memory(self, tokens):
+        if torch.is_grad_enabled() and sum(map(len, tokens)) > 60:
+            raise torch.OutOfMemoryError("out of memory")
+        return logits(self, tokens)
+
+    monkeypatch.setattr(Classifier, "logits", small_memory)
+    cost = train.finetune(classifier, texts, labels, config)
+    assert cost["micro_tokens"] <= 60 and "out of memory at step 0" in capsys.readouterr().out
+    assert_close([r["loss"] for r in cost["log"]], [r["loss"] for r in plain["log"]], atol=1e-5, rtol=0)
+    assert_close(train.predict(classifier, texts, config), wanted, atol=1e-5, rtol=0)
+    monkeypatch.setattr(Classifier, "logits", lambda self, tokens: small_memory(self, tokens * 100))
+    with pytest.raises(torch.OutOfMemoryError):
+        train.finetune(classifier, texts, labels, config)
