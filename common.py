@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import json
@@ -169,6 +170,30 @@ def digest(path: Path) -> str:
         with open(path, "rb") as f:
             _digests[key] = hashlib.file_digest(f, "sha256").hexdigest()
     return _digests[key]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this run. Raises InputError where another run holds it; what a dead one held is free.
+
+    A lock of the kernel: on a network file system it holds among nodes only where that carries locks.
+    """
+    if rank() > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise InputError(
+                f"--out {folder}: {f.read() or 'another run'} is writing there; wait for its end or name another --out"
+            ) from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {platform.node()}")
+        f.flush()
+        yield
 
 
 # ---- stages ----
@@ -357,6 +382,15 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last finished batch", file=sys.stderr)
+        sys.exit(1)
+    except (OSError, FloatingPointError, MemoryError, RuntimeError) as e:  # of the run, not of the code
+        if isinstance(e, RuntimeError) and type(e).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "error:",
+            "; ".join([f"{e or type(e).__name__}".splitlines()[0], *getattr(e, "__notes__", [])]),
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

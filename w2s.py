@@ -12,6 +12,7 @@ floor and the strong ceiling (`pgr`, in report.py). Every step is a stage: done 
 depends on has changed, continued when it was killed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -36,6 +37,7 @@ from common import (
     flag,
     load_config,
     load_tokenizer,
+    locked,
     parse_dataclass,
     print0,
     rank,
@@ -625,7 +627,10 @@ def main() -> None:
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
     asked = parse_dataclass(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
-    COMMANDS[sys.argv[1]]([Experiment(asked.resolved(task), task) for task in asked.resolved().tasks])
+    config = asked.resolved()
+    experiments = [Experiment(asked.resolved(task), task) for task in config.tasks]
+    with locked(Path(config.out)) if sys.argv[1] in ("run", "report") else contextlib.nullcontext():
+        COMMANDS[sys.argv[1]](experiments)
 
 
 if __name__ == "__main__":
