@@ -7,8 +7,8 @@ import functools
 import json
 import os
 import random
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import time

@@ -236,15 +236,20 @@ def with_random_head(folder, n_classes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logits_are_those_of_each_sample_alone(family, tiny_model):
+def test_packed_logits_are_those_of_a_padded_batch_and_of_each_sample_alone(family, tiny_model):
     classifier = with_random_head(tiny_model(family), 3)
     plain = AutoModel.from_pretrained(tiny_model(family), attn_implementation="sdpa", dtype=torch.float32)
     samples, _ = classifier.encode(TEXTS, 100)
+    longest, lengths = max(map(len, samples)), torch.tensor([len(s) for s in samples])
+    ids = torch.tensor([s + [7] * (longest - len(s)) for s in samples])
     with torch.no_grad():
         alone = torch.cat([plain(torch.tensor([s])).last_hidden_state[:, -1] for s in samples])
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        padded = plain(ids, attention_mask=mask).last_hidden_state[range(len(samples)), lengths - 1]
         got = classifier.logits(samples)
     assert got.std() > 0.1
-    assert_close(got, alone @ classifier.model.score.weight.T, atol=1e-5, rtol=1e-5)
+    for wanted in (alone, padded):
+        assert_close(got, wanted @ classifier.model.score.weight.T, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -614,3 +619,20 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(classifier, samples
     monkeypatch.setattr(Classifier, "logits", lambda self, tokens: small_memory(self, tokens * 100))
     with pytest.raises(torch.OutOfMemoryError):
         train.finetune(classifier, texts, labels, config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_a_step_never_waits_for_the_gpu(loss, tiny_model, samples):
+    classifier = Classifier(ModelSpec(tiny_model("qwen2")), 2, torch.bfloat16)
+    config = TrainConfig(loss=loss)
+    classifier.reset(config)
+    tokens, _ = classifier.encode([s["text"] for s in samples], 100)
+    y = torch.full((len(tokens), 2), 0.5, device="cuda")
+    train.push_back(classifier, tokens, y, 0.5, config, config.micro_tokens)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train.push_back(classifier, tokens, y, 0.5, config, config.micro_tokens)
+        classifier.optimizer.step(1e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
