@@ -196,6 +196,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run holds `folder` now."""
+    if not (folder / ".lock").exists():
+        return False
+    with open(folder / ".lock") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 # ---- stages ----
 
 
@@ -416,9 +428,16 @@ class ModelSpec:
     def source(self) -> dict:
         """Arguments that say to `from_pretrained` where the model is; built-in models are made on first use."""
         from data.models import BUILTIN, builtin_folder
+        from data.qwen import FIRST_QWEN, converted_folder
 
         if self.name in BUILTIN:
             return {"pretrained_model_name_or_path": str(builtin_folder(self.name))}
+        if self.name in FIRST_QWEN:
+            return {"pretrained_model_name_or_path": str(converted_folder(self.name, self.revision))}
+        if (read_json(Path(self.name) / "config.json") or {}).get("model_type") == "qwen":
+            raise InputError(
+                f"model {self.name!r}: a first-generation Qwen; `python -m data.qwen {self.name} OUT` converts it"
+            )
         if Path(self.name).is_dir() or self.name.count("/") == 1 and not self.name.startswith((".", "/")):
             return {"pretrained_model_name_or_path": self.name, "revision": self.revision or "main"}
         raise InputError(
@@ -428,12 +447,13 @@ class ModelSpec:
     def identity(self) -> dict:
         """What a manifest records of the model: a local folder's digest, or the built-in's or hub's name and revision."""
         from data.models import BUILTIN
+        from data.qwen import FIRST_QWEN
 
         if self.name in BUILTIN:
             return {"weights": f"{self.name}@{BUILTIN[self.name][:16]}", "layers": self.layers}
-        path = Path(self.name)
+        path, revision = Path(self.name), self.revision or FIRST_QWEN.get(self.name, "main")
         return {
-            "weights": digest(path) if path.is_dir() else f"{path}@{self.revision or 'main'}",
+            "weights": digest(path) if path.is_dir() else f"{path}@{revision}",
             "layers": self.layers,
         }
 

@@ -35,6 +35,7 @@ from common import (
     by_id,
     digest,
     flag,
+    is_locked,
     load_config,
     load_tokenizer,
     locked,
@@ -153,6 +154,7 @@ class Config:
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
     engine: str = flag("own", "what generates the debates", choices=("own", "vllm"))
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
+    json: bool = flag(False, "status as JSON", bool)
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
@@ -600,18 +602,46 @@ def write_report(experiments: list[Experiment]) -> None:
         print0("\n" + table.read_text())
 
 
-def status(experiments: list[Experiment]) -> None:
-    counts = {"done": 0, "stale": 0, "missing": 0}
+def states(experiments: list[Experiment]) -> list[dict]:
+    """Of every stage its state, why it is stale, the seconds it took, and the seconds that it will, as like ones did."""
+    rows = []
     for e in experiments:
         for stage in e.stages():
             difference = stage.difference()
             state = "missing" if difference is None else "stale" if difference else "done"
-            counts[state] += 1
-            print0(
-                f"{state:8}{stage.folder.relative_to(e.config.out)}"
-                + (f"  ({'; '.join(difference)})" if difference else "")
-            )
-    print0(", ".join(f"{n} {state}" for state, n in counts.items()))
+            if state != "done" and (stage.folder / "started.json").exists() and is_locked(Path(e.config.out)):
+                state = "running"
+            seconds = (read_json(stage.folder / "manifest.json") or {}).get("seconds")
+            name = stage.folder.relative_to(e.config.out).as_posix()
+            rows.append({"stage": name, "state": state, "why": difference or [], "seconds": seconds})
+    spent: dict[str, list[float]] = {}
+    for row in rows:
+        row["like"] = row["stage"].split("-")[0]  # task/predictions/weak, task/weak_labels/ours/seed0
+        if row["state"] == "done" and row["seconds"] is not None:
+            spent.setdefault(row["like"], []).append(row["seconds"])
+    for row in rows:
+        like = spent.get(row.pop("like"))
+        row["expected"] = round(sum(like) / len(like), 1) if like and row["state"] != "done" else None
+    return rows
+
+
+def status(experiments: list[Experiment]) -> None:
+    rows = states(experiments)
+    if experiments[0].config.json:
+        print0(json.dumps(rows, indent=1))
+        return
+    for task in dict.fromkeys(row["stage"].split("/")[0] for row in rows):
+        print0(task)
+        for row in rows:
+            if row["stage"].startswith(f"{task}/"):
+                took = f"{row['seconds']:8.1f} s" if row["state"] == "done" else ""
+                why = f"  ({'; '.join(row['why'])})" if row["why"] else ""
+                print0(f"  {row['state']:8}{row['stage']:60}{took}{why}")
+    count = {state: sum(r["state"] == state for r in rows) for state in ("done", "running", "stale", "missing")}
+    left = [r["expected"] for r in rows if r["state"] != "done"]
+    known = [x for x in left if x is not None]
+    more = f"; about {sum(known) / 60:.0f} min left for {len(known)} of {len(left)}" if known else ""
+    print0(", ".join(f"{n} {state}" for state, n in count.items()) + more)
 
 
 COMMANDS = {"run": run, "plan": estimate.show, "status": status, "report": write_report}
