@@ -3,6 +3,7 @@
     python w2s.py run --preset smoke                                          two minutes on a CPU, random models
     python w2s.py run --preset tiny                                           a real small model on a CPU
     python w2s.py run --preset small --tasks sciq --methods finetune ours     one GPU, two rows of Table 2
+    torchrun --nproc-per-node 8 w2s.py run ...                                every stage on 8 GPUs
     python w2s.py plan | status | report  (same flags)                        what would run | what is done | tables again
 
 The method, each step a function below: the strong model debates every training sample (`debates`); weak models are
@@ -585,7 +586,8 @@ def run(experiments: list[Experiment]) -> None:
     print0(
         f"{made} of {len(stages)} stages made, {len(stages) - made} were done, in {(time.time() - start) / 60:.1f} min"
     )
-    write_report(experiments)
+    if rank() == 0:
+        write_report(experiments)
 
 
 def write_report(experiments: list[Experiment]) -> None:
