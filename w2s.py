@@ -13,7 +13,6 @@ floor and the strong ceiling (`pgr`, in report.py). Every step is a stage: done 
 depends on has changed, continued when it was killed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -563,6 +562,13 @@ def run(experiments: list[Experiment]) -> None:
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
     for spec in (experiments[0].weak, experiments[0].strong):
         load_config(spec)
+    with locked(Path(experiments[0].config.out)):
+        make_all(experiments)
+        if rank() == 0:
+            write_report(experiments)
+
+
+def make_all(experiments: list[Experiment]) -> None:
     stages = [s for e in experiments for s in e.stages()]
     start, made = time.time(), 0
     for n, stage in enumerate(stages, 1):
@@ -586,8 +592,6 @@ def run(experiments: list[Experiment]) -> None:
     print0(
         f"{made} of {len(stages)} stages made, {len(stages) - made} were done, in {(time.time() - start) / 60:.1f} min"
     )
-    if rank() == 0:
-        write_report(experiments)
 
 
 def write_report(experiments: list[Experiment]) -> None:
@@ -659,10 +663,7 @@ def main() -> None:
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
     asked = parse_dataclass(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
-    config = asked.resolved()
-    experiments = [Experiment(asked.resolved(task), task) for task in config.tasks]
-    with locked(Path(config.out)) if sys.argv[1] in ("run", "report") else contextlib.nullcontext():
-        COMMANDS[sys.argv[1]](experiments)
+    COMMANDS[sys.argv[1]]([Experiment(asked.resolved(task), task) for task in asked.resolved().tasks])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 import w2s
-from common import InputError, digest, locked, run_script
+from common import InputError, digest, locked, run_script, write_jsonl
 
 KILLS = int(os.environ.get("W2S_KILLS", 10))
 FLAGS = ["--preset", "smoke", "--tasks", "sciq", "--seeds", "0", "1", "--limit-train", "24", "--limit-test", "8"]
@@ -177,6 +177,57 @@ def test_permuted_gold_labels_change_nothing_but_the_ceiling_and_the_scores(whol
     differ = {n for n in a if a[n] != b.get(n)}
     ceilings = {n for n in a if "strong-ceiling" in n}
     assert differ == ceilings | {"sciq/data/train_b.gold.jsonl", "sciq/data/test.jsonl"} and len(ceilings) == 2
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def edit(file: Path) -> None:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    write_jsonl(file, [r | {"probs": r["probs"][::-1]} for r in rows])
+
+
+def swap(file: Path) -> None:
+    """With the same file of the other replicate: valid, but not this run's."""
+    other = file.parent.with_name(file.parent.name.replace("-s0", "-s1")) / file.name
+    file.write_bytes(other.read_bytes())
+
+
+CHANGED = "was changed after it was written"
+BROKEN = [  # stage, file, how, what is said of it
+    ("data", "train_a.jsonl", truncate, f"output train_a.jsonl {CHANGED}"),
+    ("transcripts/debate", "seed1/train_a.jsonl", flip_a_bit, f"output seed1/train_a.jsonl {CHANGED}"),
+    ("transcripts/market_making", "manifest.json", truncate, "manifest.json is not readable"),
+    ("predictions/weak-no_argument-f2-s0", "train_b.jsonl", swap, f"output train_b.jsonl {CHANGED}"),
+    ("predictions/strong-ours-s0", "test.jsonl", Path.unlink, "output test.jsonl is missing"),
+    (
+        "predictions/weak-naive-f0-s0",
+        "model/model.safetensors",
+        flip_a_bit,
+        f"output model/model.safetensors {CHANGED}",
+    ),
+    ("weak_labels/ours/seed1", "train_b.jsonl", edit, f"output train_b.jsonl {CHANGED}"),
+]
+
+
+def test_broken_artifacts_are_named_and_made_again(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    for stage, file, how, _ in BROKEN:
+        how(out / "sciq" / stage / file)
+    run_w2s("run", *FLAGS, "--out", out)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stale: ")]
+    for stage, _, _, what in BROKEN:
+        assert any(f"/{stage} (" in line and what in line for line in told), stage
+    assert len(told) == len(BROKEN)  # and nothing else was stale: what is made again is the same
+    assert {name: f for name, f in products(out).items() if ".stale1/" not in name} == products(whole[0])
 
 
 if __name__ == "__main__":
