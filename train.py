@@ -419,7 +419,8 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
     classifier.reset(config)
     samples, n_cut = classifier.encode(texts, config.max_tokens)
     labels, dev = labels.float(), classifier.model.device
-    check_kernel(config, classifier.kernels, dev)
+    if classifier.kernels != "reference":
+        check_kernel(config, classifier.kernels, dev)
     schedule, micro_tokens = list(batches(len(samples), config)), config.micro_tokens
     n_tokens, log, unread, start = 0, [], [], time.time()
     bar = tqdm(schedule, desc=f"finetune {classifier.spec.name}", leave=False, disable=rank() > 0 or None)

@@ -37,7 +37,7 @@ def finetuned(folder: str) -> dict:
             return harden(z, y)
 
         conf_loss.hardened_to_0 = spy
-        config = TrainConfig(loss=loss, lr=1e-3, batch_size=6, micro_tokens=64)
+        config = TrainConfig(loss=loss, lr=1e-4, batch_size=6, micro_tokens=64)
         log = train.finetune(classifier, TEXTS, labels, config)["log"]
         conf_loss.hardened_to_0 = harden
         probs = train.predict(classifier, TEXTS, config)
@@ -83,7 +83,7 @@ def test_finetuning_is_the_same_on_any_number_of_ranks_and_nodes(nodes, ranks, t
         assert got[loss]["hardened"] == wanted["hardened"]
         for key in ("losses", "probs"):
             assert_close(torch.tensor(got[loss][key]), torch.tensor(wanted[key]), atol=1e-5, rtol=0)
-    assert len(alone["logconf"]["hardened"]) == 8 and torch.tensor(alone["xent"]["probs"]).std() > 0.01
+    assert len(alone["logconf"]["hardened"]) == 8 and torch.tensor(alone["xent"]["probs"]).std() > 1e-3
 
 
 def test_a_run_killed_on_two_ranks_continues_on_one_to_the_same_tables(tmp_path):
@@ -99,8 +99,9 @@ def test_a_run_killed_on_two_ranks_continues_on_one_to_the_same_tables(tmp_path)
     ended_well(whole, torchrun(ROOT / "w2s.py", *flags, tmp_path / "killed"))
     for name in ("table2", "table4", "table5"):
         assert (tmp_path / f"killed/tables/{name}.md").read_text() == (tmp_path / f"whole/tables/{name}.md").read_text()
-    files = sorted((tmp_path / "whole/sciq").glob("*/*/*/*.jsonl"))
-    assert len(files) > 20
+    files = sorted((tmp_path / "whole/sciq/transcripts").rglob("*.jsonl"))
+    files += sorted((tmp_path / "whole/sciq/predictions").rglob("*.jsonl"))
+    assert len(files) > 40
     for file in files:
         other = tmp_path / "killed" / file.relative_to(tmp_path / "whole")
         if "transcripts" in file.parts:
