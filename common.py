@@ -1,7 +1,9 @@
 """What two or more of the scripts need: seeds, files, stages with manifests, command lines, model loading."""
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import json
@@ -11,7 +13,8 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,16 +25,68 @@ class InputError(ValueError):
     """Bad input by the user: one line that names the value and the choices; the scripts exit with code 2."""
 
 
-def print0(*parts: object) -> None:
+def print0(*parts: object, **options) -> None:
     """Print on rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(*parts, flush=True)
+    if rank() == 0:
+        print(*parts, flush=True, **options)
 
 
 def stable_hash(*parts: object) -> int:
     """A 63-bit integer from names and numbers: the same on every machine and in every process."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+# ---- processes: those that torchrun started, or this one alone ----
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def distributed() -> Iterator[None]:
+    """Join the processes that torchrun started, each with a GPU of its own where there are GPUs; leave them at the end.
+
+    NCCL carries what is on GPUs, gloo the rest. One process alone does nothing here, and the functions below work in it too.
+    """
+    if world_size() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # a rank may wait long for the others' share
+    yield  # after an exception the others may be waiting: no clean end, torchrun stops them
+    dist.destroy_process_group()
+
+
+def gather(value) -> list:
+    """Every rank's `value` (anything that pickles), by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value):
+    """Rank 0's `value`, on every rank."""
+    return gather(value if rank() == 0 else None)[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    gather(None)
 
 
 # ---- files ----
@@ -117,6 +172,42 @@ def digest(path: Path) -> str:
     return _digests[key]
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this run. Raises InputError where another run holds it; what a dead one held is free.
+
+    A lock of the kernel: on a network file system it holds among nodes only where that carries locks.
+    """
+    if rank() > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise InputError(
+                f"--out {folder}: {f.read() or 'another run'} is writing there; wait for its end or name another --out"
+            ) from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {platform.node()}")
+        f.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a run holds `folder` now."""
+    if not (folder / ".lock").exists():
+        return False
+    with open(folder / ".lock") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 # ---- stages ----
 
 
@@ -126,7 +217,8 @@ class Stage:
 
     The folder is done when its manifest.json, written last, holds the same config and the same digests of inputs (a
     file, a folder, or a function that computes the digest). Of `at_least` it may hold more; when it holds less, and
-    nothing else differs, `make` continues what is there.
+    nothing else differs, `make` continues what is there. Under several processes rank 0 makes it while the others
+    wait, unless it is `shared`: then `make` runs on all of them and rank 0's cost counts.
     """
 
     folder: Path
@@ -134,6 +226,7 @@ class Stage:
     inputs: dict[str, Path | Callable[[], str]]
     make: Callable[[Path], dict]
     at_least: dict[str, int] = dataclasses.field(default_factory=dict)
+    shared: bool = False
 
     def wanted(self) -> dict:
         return {
@@ -175,9 +268,21 @@ class Stage:
 
         started.json says what an unfinished folder was begun for, so that only the same work continues it.
         """
+        begun = broadcast(self.begin() if rank() == 0 else None)
+        if begun is None:
+            return False
+        start = time.time()
+        cost = self.make(self.folder) if self.shared or rank() == 0 else {}
+        if rank() == 0:
+            self.finish(*begun, {"seconds": round(time.time() - start, 3), **cost})
+        barrier()
+        return True
+
+    def begin(self) -> tuple[dict, dict] | None:
+        """None when the stage is done; else what is wanted, and the manifest that it continues. Readies the folder."""
         difference = self.difference()
         if difference == []:
-            return False
+            return None
         want, started = self.wanted(), self.folder / "started.json"
         before = read_json(self.folder / "manifest.json") or {}
         continued = read_json(started) == want or difference and difference == self.too_few(before)
@@ -187,21 +292,21 @@ class Stage:
             print0(f"stale: {self.folder} ({why}); the old files are now in {aside.name}")
             os.replace(self.folder, aside)
         write_text(started, json.dumps(want))
-        start = time.time()
-        cost = self.make(self.folder)
+        return want, before
+
+    def finish(self, want: dict, before: dict, spent: dict) -> None:
+        """Write the manifest: what was wanted, what there is, what it cost."""
         outputs = {
             p.relative_to(self.folder).as_posix(): digest(p)
             for p in sorted(self.folder.rglob("*"))
             if p.is_file() and p.name not in ("manifest.json", "started.json", "steps.jsonl")
         }
-        spent = {"seconds": round(time.time() - start, 3), **cost}
         if before:  # continued: what it cost before counts too
             spent |= {k: v + before.get(k, 0) for k, v in spent.items() if isinstance(v, int | float)}
         more = {k: max(n, self.at_least.get(k, 0)) for k, n in (before.get("at_least", {}) | self.at_least).items()}
         manifest = want | {"at_least": more, "outputs": outputs, **spent, **provenance()}
         write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-        started.unlink()
-        return True
+        (self.folder / "started.json").unlink()
 
 
 def read_json(path: Path) -> dict | None:
@@ -278,16 +383,26 @@ def flag(default: object = dataclasses.MISSING, help: str = "", kind: type = str
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Exit code 2 with one line on bad input, 1 on any other failure."""
+    """Run under however many processes there are. Exit code 2 with one line on bad input, 1 on any other failure."""
     try:
-        main()
+        with distributed():
+            main()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print0(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last finished batch", file=sys.stderr)
+        sys.exit(1)
+    except (OSError, FloatingPointError, MemoryError, RuntimeError) as e:  # of the run, not of the code
+        if isinstance(e, RuntimeError) and type(e).__name__ != "OutOfMemoryError":
+            raise
+        print(
+            "error:",
+            "; ".join([f"{e or type(e).__name__}".splitlines()[0], *getattr(e, "__notes__", [])]),
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -313,9 +428,16 @@ class ModelSpec:
     def source(self) -> dict:
         """Arguments that say to `from_pretrained` where the model is; built-in models are made on first use."""
         from data.models import BUILTIN, builtin_folder
+        from data.qwen import FIRST_QWEN, converted_folder
 
         if self.name in BUILTIN:
             return {"pretrained_model_name_or_path": str(builtin_folder(self.name))}
+        if self.name in FIRST_QWEN:
+            return {"pretrained_model_name_or_path": str(converted_folder(self.name, self.revision))}
+        if (read_json(Path(self.name) / "config.json") or {}).get("model_type") == "qwen":
+            raise InputError(
+                f"model {self.name!r}: a first-generation Qwen; `python -m data.qwen {self.name} OUT` converts it"
+            )
         if Path(self.name).is_dir() or self.name.count("/") == 1 and not self.name.startswith((".", "/")):
             return {"pretrained_model_name_or_path": self.name, "revision": self.revision or "main"}
         raise InputError(
@@ -325,12 +447,13 @@ class ModelSpec:
     def identity(self) -> dict:
         """What a manifest records of the model: a local folder's digest, or the built-in's or hub's name and revision."""
         from data.models import BUILTIN
+        from data.qwen import FIRST_QWEN
 
         if self.name in BUILTIN:
             return {"weights": f"{self.name}@{BUILTIN[self.name][:16]}", "layers": self.layers}
-        path = Path(self.name)
+        path, revision = Path(self.name), self.revision or FIRST_QWEN.get(self.name, "main")
         return {
-            "weights": digest(path) if path.is_dir() else f"{path}@{self.revision or 'main'}",
+            "weights": digest(path) if path.is_dir() else f"{path}@{revision}",
             "layers": self.layers,
         }
 

@@ -2,6 +2,7 @@
 
     python debate.py --task sciq --samples train_a.jsonl --strong Qwen/Qwen2.5-1.5B --seed 0 1 2 3 --turns 3 --out DIR
     python debate.py --task facts --samples train_a.jsonl --protocol consultancy --out DIR --show 3
+    torchrun --nproc-per-node 8 debate.py ...       one replica of the model a GPU, the same transcripts
 
 Reads rows with id and text; writes seed<k>.jsonl to --out: id, sides (what each turn argues for, 0 or 1), turns
 (texts), n_tokens (generated, each turn). Finished samples are appended, so a killed run continues.
@@ -13,6 +14,8 @@ beginning of a longer one.
 """
 
 import dataclasses
+import functools
+import glob
 import json
 import os
 import sys
@@ -29,19 +32,24 @@ from transformers.cache_utils import Cache, DynamicLayer
 from common import (
     InputError,
     ModelSpec,
+    barrier,
+    broadcast,
     by_id,
     device,
     dump_row,
     flag,
+    load_config,
     load_model,
     load_tokenizer,
     parse_dataclass,
     print0,
+    rank,
     read_jsonl,
     read_samples,
     resolve_dtype,
     run_script,
     stable_hash,
+    world_size,
     write_jsonl,
 )
 from data.prepare import TASKS
@@ -59,6 +67,7 @@ class DebateConfig:
     )
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
     chunk: int = flag(32, "samples in one batch, each with all its seeds", int)
+    engine: str = flag("own", "what generates", choices=("own", "vllm"))
 
 
 # ---- prompts (Tables 1 and 3; what they say of a task stands beside its formatter in data/prepare.py) ----
@@ -235,19 +244,23 @@ class Debater:
         self.tokenizer = load_tokenizer(spec)
         if config.chat and not self.tokenizer.chat_template:
             raise InputError(f"--chat: the tokenizer of {spec.name!r} has no chat template")
-        self.model = load_model(spec, AutoModelForCausalLM, resolve_dtype(config.dtype)).to(device()).eval()
         ends = {self.tokenizer.eos_token_id}
         if not config.chat:  # a pretrained model goes on for ever: one turn is one paragraph
             ends |= {
                 i for t, i in self.tokenizer.get_vocab().items() if "\n" in self.tokenizer.convert_tokens_to_string([t])
             }
-        self.is_end = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.model.device)
+        self.is_end = torch.zeros(load_config(spec).vocab_size, dtype=torch.bool, device=device())
         self.is_end[[i for i in ends if i < len(self.is_end)]] = True
         self.before, self.after = "", ""
         if config.chat:
             message = [{"role": "user", "content": "\x00"}]
             prompt = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             self.before, self.after = prompt.split("\x00")
+        self.load()
+
+    def load(self) -> None:
+        dtype = resolve_dtype(self.config.dtype)
+        self.model = load_model(self.spec, AutoModelForCausalLM, dtype).to(device()).eval()
 
     def tokens(self, text: str, start: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
@@ -262,6 +275,16 @@ class Debater:
         return self.tokens(
             f"{instruction(task, protocol, turn, side)}{self.after or chr(10)}{speaker(protocol, turn)}:"
         )
+
+    def listen(self, openings: list[list[int]], copies: int) -> Session:
+        """A session with `copies` neighbouring rows for each opening. What all openings begin with is computed once."""
+        rows = torch.arange(len(openings), device=self.is_end.device)
+        common = min(len(os.path.commonprefix(openings)), min(map(len, openings)) - 1)
+        session = Session(self.model, 1)
+        session.feed([openings[0][:common]])
+        session = session.select(torch.zeros_like(rows))
+        session.feed([o[common:] for o in openings])
+        return session.select(rows.repeat_interleave(copies))
 
     def speak(self, session: Session, before: list, prompts: list[list[int]], keys: list[tuple]) -> list[list[int]]:
         """One turn for every row: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
@@ -293,6 +316,46 @@ class Debater:
         return said
 
 
+class VllmDebater(Debater):
+    """The same prompts and end tokens through vLLM on one GPU: an extra that the user installs. Untested on a GPU so far.
+
+    Its noise is vLLM's own, seeded for every turn of every debate by (debate seed, sample id, turn): other texts than
+    the default engine's, and equal from run to run as far as vLLM's logits are.
+    """
+
+    def load(self) -> None:
+        try:
+            import vllm
+        except ImportError:
+            raise InputError("--engine vllm: vllm is not installed here; `pip install vllm`, or --engine own") from None
+        if self.spec.layers or world_size() > 1:
+            raise InputError("--engine vllm: takes a whole model, and one process (no torchrun)")
+        source, config = self.spec.source(), self.config
+        self.model = vllm.LLM(
+            model=source["pretrained_model_name_or_path"], revision=source.get("revision"), enable_prefix_caching=True,
+            dtype=str(resolve_dtype(config.dtype)).removeprefix("torch."),
+        )  # fmt: skip
+        self.sampling = functools.partial(
+            vllm.SamplingParams, temperature=config.temperature, top_p=config.top_p, min_tokens=1,
+            max_tokens=config.max_new_tokens, stop_token_ids=self.is_end.nonzero().flatten().tolist(),
+        )  # fmt: skip
+
+    def listen(self, openings: list[list[int]], copies: int) -> list[list[int]]:
+        return [list(o) for o in openings for _ in range(copies)]
+
+    def speak(self, session: list[list[int]], before: list, prompts: list, keys: list[tuple]) -> list[list[int]]:
+        for block in before:
+            for context, tokens in zip(session, block, strict=True):
+                context += tokens
+        asked = [{"prompt_token_ids": c + p} for c, p in zip(session, prompts, strict=True)]
+        outputs = self.model.generate(asked, [self.sampling(seed=stable_hash(*k)) for k in keys], use_tqdm=False)
+        said = [list(o.outputs[0].token_ids) for o in outputs]
+        return [ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said]  # it keeps the end token
+
+
+ENGINES = {"own": Debater, "vllm": VllmDebater}
+
+
 # ---- protocols ----
 
 
@@ -314,9 +377,7 @@ def run_protocol(
         rows = [{"id": samples[s]["id"], "sides": [], "turns": [], "n_tokens": []} for s, _ in pairs]
     else:
         rows = [{key: list(v) if isinstance(v, list) else v for key, v in begun[k][s].items()} for s, k in pairs]
-    session = Session(debater.model, S)
-    session.feed([debater.opening(task, protocol, s["text"]) for s in samples])
-    session = session.select(torch.arange(S, device=session.mask.device).repeat_interleave(K))
+    session = debater.listen([debater.opening(task, protocol, s["text"]) for s in samples], K)
     start = len(rows[0]["turns"])
     said = [[debater.said(protocol, t, r["turns"][t]) for r in rows] for t in range(start)]  # not in the cache yet
     for turn in range(start, turns):
@@ -347,8 +408,10 @@ def make_transcripts(
 ) -> dict:  # fmt: skip
     """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
 
-    Chunks are appended to <file>.part as they finish and the whole is renamed at the end. A file that holds fewer turns
-    is continued, one that holds enough is left alone. `debater` is called only when something is missing.
+    Chunks are appended to part files as they finish and the whole is renamed at the end. A file that holds fewer turns
+    is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
+    processes each takes every so-manieth chunk and has part files of its own; what a run with any number of them has
+    left is used, and rank 0 joins the parts.
     """
     ids = [s["id"] for s in samples]
     groups: dict[int, list[int]] = {}  # turns there already -> seeds
@@ -360,13 +423,19 @@ def make_transcripts(
     cost = {"new_tokens": 0, "turns": 0}
     for n_turns, seeds in groups.items():
         begun = {k: {r["id"]: r for r in read_jsonl(files[k])} for k in seeds} if n_turns else None
-        parts = {k: files[k].with_name(f"{files[k].name}.part{turns}") for k in seeds}  # one for each length
-        done = {k: {r["id"]: r for r in read_part(parts[k])} for k in seeds}
+        stems = {k: files[k].with_name(f"{files[k].name}.part{turns}") for k in seeds}  # one for each length
+        if rank() == 0:
+            for stem in stems.values():
+                drop_torn_lines(stem)
+        barrier()
+        done = {k: read_parts(stems[k]) for k in seeds}
+        barrier()
         pending = [c for c in chunks(samples, chunk) if not all(s["id"] in done[k] for k in seeds for s in c)]
-        bar = tqdm(total=sum(map(len, pending)) * len(seeds) * (turns - n_turns), unit="turn", disable=None)
+        mine = pending[rank() :: world_size()]
+        bar = tqdm(total=sum(map(len, mine)) * len(seeds) * (turns - n_turns), unit="turn", disable=rank() > 0 or None)
         bar.set_description(f"{task} {protocol} seeds {seeds}")
         start, new = time.time(), 0
-        for c in pending:
+        for c in mine:
             rows = run_protocol(
                 debater(),
                 task,
@@ -379,30 +448,39 @@ def make_transcripts(
             )
             for k, seed_rows in zip(seeds, rows, strict=True):
                 fresh = [r for r in seed_rows if r["id"] not in done[k]]
-                append_rows(parts[k], fresh)
-                done[k] |= {r["id"]: r for r in fresh}
+                append_rows(stems[k].with_name(f"{stems[k].name}.rank{rank()}of{world_size()}"), fresh)
                 new += sum(sum(r["n_tokens"][n_turns:]) for r in fresh)
             bar.update(len(c) * len(seeds) * (turns - n_turns))
-            bar.set_postfix_str(f"{new / (time.time() - start):.0f} tokens/s")
+            each = f" x {world_size()} processes" if world_size() > 1 else ""
+            bar.set_postfix_str(f"{new / (time.time() - start):.0f} tokens/s{each}")
         bar.close()
-        for k in seeds:
-            rows = by_id(list(done[k].values()), ids, str(parts[k]))
-            write_jsonl(files[k], rows)
-            parts[k].unlink()
-            cost["new_tokens"] += sum(sum(r["n_tokens"][n_turns:]) for r in rows)
-            cost["turns"] += len(rows) * (turns - n_turns)
-    return cost
+        barrier()
+        if rank() == 0:
+            for k in seeds:
+                rows = by_id(list(read_parts(stems[k]).values()), ids, str(stems[k]))
+                write_jsonl(files[k], rows)
+                for part in part_files(stems[k]):
+                    part.unlink()
+                cost["new_tokens"] += sum(sum(r["n_tokens"][n_turns:]) for r in rows)
+                cost["turns"] += len(rows) * (turns - n_turns)
+    return broadcast(cost)
 
 
-def read_part(path: Path) -> list[dict]:
-    """Rows of an unfinished file; a line that a kill cut off is dropped from it."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        path.write_bytes(whole)
-    return read_jsonl(path)
+def part_files(stem: Path) -> list[Path]:
+    """The unfinished files of a run, one for each process that there was."""
+    return sorted(stem.parent.glob(f"{glob.escape(stem.name)}.rank*of*"))
+
+
+def read_parts(stem: Path) -> dict[str, dict]:
+    """Finished rows by id."""
+    return {r["id"]: r for part in part_files(stem) for r in read_jsonl(part)}
+
+
+def drop_torn_lines(stem: Path) -> None:
+    """Take the line that a kill cut off from the end of every part."""
+    for part in part_files(stem):
+        text = part.read_bytes()
+        os.truncate(part, text.rfind(b"\n") + 1)
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
@@ -467,7 +545,7 @@ def main() -> None:
     loaded: list[Debater] = []
 
     def debater() -> Debater:
-        loaded[:] = loaded or [Debater(ModelSpec.parse(args.strong), config)]
+        loaded[:] = loaded or [ENGINES[config.engine](ModelSpec.parse(args.strong), config)]
         return loaded[0]
 
     cost = make_transcripts(debater, args.task, args.protocol, samples, files, args.turns, args.chunk, choose)

@@ -102,12 +102,14 @@ def cells(correct: dict[str, np.ndarray]) -> dict[str, dict]:
 # ---- files ----
 
 
-def write(out: Path, rows: list[dict], labels: dict[str, str], shown: dict[str, tuple[str, ...]]) -> list[Path]:
-    """results.jsonl, summary.json, tables and figures under `out`; returns the paths.
+def write(
+    out: Path, into: Path, rows: list[dict], labels: dict[str, str], shown: dict[str, tuple[str, ...]]
+) -> list[Path]:
+    """results.jsonl, summary.json, tables and figures in `into` from what is in `out`; returns the paths.
 
     `labels`: method -> the name of its row; `shown`: method -> its places, "table2" or "figure2:3".
     """
-    write_jsonl(out / "results.jsonl", rows)
+    write_jsonl(into / "results.jsonl", rows)
     seeds = {row["seed"] for row in rows}
     summary: dict[str, dict] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -127,19 +129,19 @@ def write(out: Path, rows: list[dict], labels: dict[str, str], shown: dict[str, 
                     summary[task][m]["weak_label_accuracy"] = float(
                         np.mean([x["weak_label_accuracy"] for x in r.values()])
                     )
-    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    paths = [out / "results.jsonl", out / "summary.json"]
+    write_text(into / "summary.json", json.dumps(summary, indent=1) + "\n")
+    paths = [into / "results.jsonl", into / "summary.json"]
     for name, title in TABLES.items():
         methods = [m for m, places in shown.items() if name in places]
         if name == "table2":
             methods = ["weak_floor", *methods, "strong_ceiling"]
-        paths.append(out / f"tables/{name}.md")
+        paths.append(into / f"tables/{name}.md")
         write_text(paths[-1], table(title, {m: labels[m] for m in methods}, summary))
-    paths.append(out / "cost.md")
+    paths.append(into / "cost.md")
     write_text(paths[-1], cost(rows, labels))
     for name, axis in FIGURES.items():
         points = {int(p.split(":")[1]): m for m, places in shown.items() for p in places if p.startswith(f"{name}:")}
-        paths += figure(out / "figures", name, axis, dict(sorted(points.items())), labels, summary)
+        paths += figure(into / "figures", name, axis, dict(sorted(points.items())), labels, summary)
     return paths
 
 

@@ -25,4 +25,7 @@ if [ "$preset" = auto ]; then
   else preset=tiny why="no GPU"; fi
   echo "preset $preset: this machine has $why"
 fi
-python w2s.py run --preset "$preset" "$@"
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+launch=python
+[ "$gpus" -gt 1 ] && launch="torchrun --standalone --nproc-per-node $gpus"
+$launch w2s.py run --preset "$preset" "$@"

@@ -15,12 +15,14 @@ import functools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -30,18 +32,21 @@ from common import (
     ModelSpec,
     device,
     flag,
+    gather,
     load_model,
     load_tokenizer,
     parse_dataclass,
     print0,
+    rank,
     read_samples,
     resolve_dtype,
     run_script,
     stable_hash,
+    world_size,
     write_jsonl,
 )
 from kernels import CHOICES, resolve
-from kernels.conf_loss import conf_loss, cross_entropy, logconf_target, product_target
+from kernels.conf_loss import MODES, conf_loss, cross_entropy, logconf_target, product_target
 from kernels.tail import tail
 
 # name -> loss of (logits [B, K], soft labels [B, K], share of the run done, TrainConfig)
@@ -66,6 +71,7 @@ class TrainConfig:
     )
     micro_tokens: int = flag(32768, "most tokens in one forward; does not change the result", int)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool)
+    compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool)
     head_init: str = flag("zero", "start of the head: zeros, or LM-head rows of the two answer words", choices=("zero", "verbalizer"))  # fmt: skip
     alpha: float = flag(1.0, "product loss: exponent of the labels", float)
     beta: float = flag(1.0, "product loss: exponent of the model's own probabilities", float)
@@ -74,7 +80,7 @@ class TrainConfig:
     ramp: str = flag("openai", "logconf loss: multiply by the step fraction and jump, or rise linearly", choices=("openai", "linear"))  # fmt: skip
 
 
-# ---- losses: logits [B, K] and soft labels [B, K] in, scalar out ----
+# ---- losses: logits [B, K] and soft labels [B, K] in, scalar out; with E heads at once [E, B, K] in, [E] out ----
 
 
 def xent_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -114,14 +120,28 @@ def aux_weight(step_frac: float, aux_coef: float, warmup_frac: float, ramp: str)
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, step_frac: float, config: TrainConfig, kernels: str):
-    """The batch's loss and its gradient at the logits [B, K]: of one kernel launch, or of LOSSES by autograd."""
-    if kernels == "triton":
+    """The loss [...] and its gradient at the logits [..., B, K]: of one kernel launch, or of LOSSES by autograd.
+
+    A loss of LOSSES that has no kernel is computed without one.
+    """
+    if kernels == "triton" and config.loss in MODES:
         c = aux_weight(step_frac, config.aux_coef, config.warmup_frac, config.ramp)
-        loss, gradient, _ = conf_loss(logits[None], labels[None], config.loss, c, config.alpha, config.beta, kernels)
-        return loss[0], gradient[0]
+        heads = (x.reshape(-1, *x.shape[-2:]) for x in (logits, labels))
+        loss, gradient, _ = conf_loss(*heads, config.loss, c, config.alpha, config.beta, kernels)
+        return loss.view(logits.shape[:-2]), gradient.view_as(logits)
     z = logits.detach().requires_grad_()
     loss = LOSSES[config.loss](z, labels, step_frac, config)
-    return loss.detach(), *torch.autograd.grad(loss, z)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), z)
+
+
+def check_kernel(config: TrainConfig, kernels: str, dev: torch.device) -> None:
+    """Raises InputError where the kernel computes another loss than LOSSES does, as after an edit of the latter."""
+    z, y = (torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(dev) for i in (0, 1))
+    found, wanted = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
+    if abs(found - wanted) > 1e-4 * (1 + abs(wanted)):
+        raise InputError(
+            f"loss {config.loss!r}: the kernel gives {found}, train.py {wanted}; choose --kernels reference"
+        )
 
 
 # ---- the packed forward ----
@@ -147,10 +167,11 @@ def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, P
     row = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
     cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     ids = torch.tensor([t for s in samples for t in s])
-    where = Pack(lengths, cu.to(dev), (row * max(lengths) + positions).to(dev))
-    return ids[None].to(dev), positions[None].to(dev), where
+    where = Pack(lengths, to_device(cu, dev), to_device(row * max(lengths) + positions, dev))
+    return to_device(ids[None], dev), to_device(positions[None], dev), where
 
 
+@torch.compiler.disable  # lengths differ from batch to batch: a graph of its own for each would be compiled
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
     """Causal attention inside each sample of a packed batch: key, value [1, H_kv, T, d] -> [1, T, H, d].
 
@@ -213,8 +234,10 @@ def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
 class Classifier:
     """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights."""
 
-    def __init__(self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto"):
-        self.kernels = resolve(kernels)
+    def __init__(
+        self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto", sharded: bool = False
+    ):
+        self.kernels, self.sharded = resolve(kernels), sharded and world_size() > 1
         self.tokenizer = load_tokenizer(spec)
         self.model = load_model(
             spec, AutoModelForSequenceClassification, torch.float32, num_labels=n_classes, attn_implementation="packed"
@@ -226,36 +249,60 @@ class Classifier:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        self.pretrained = {k: v.clone() for k, v in self.model.state_dict().items() if not k.startswith("score.")}
+        n_blocks = self.model.config.num_hidden_layers
+        self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
         self.prunes = self.model.config.model_type in ("llama", "qwen2", "qwen3")
         if self.prunes:
-            last = self.model.base_model.layers[-1]
-            last.forward = functools.partial(last_block, last)
+            self.blocks[-1].forward = functools.partial(last_block, self.blocks[-1])
         self.spec, self.dtype = spec, dtype
-        self.model.to(device(), dtype)
-        self.model.score.float()
+        if self.sharded:
+            self.shard()
+        self.pretrained = [local(p).to("cpu", copy=True) for p in self.model.base_model.parameters()]
+        if not self.sharded:
+            self.model.to(dtype=dtype)
+            self.model.score.float()
+        self.model.to(device())
+
+    def shard(self) -> None:
+        """Spread float32 weights, gradients and moments over all ranks (FSDP2); a block is whole while it computes."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = torch.distributed.device_mesh.init_device_mesh(device().type, (world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
+            fully_shard(module, mesh=mesh, mp_policy=policy)
 
     def reset(self, config: TrainConfig) -> None:
-        self.model.load_state_dict(self.pretrained, strict=False)
-        with torch.no_grad():
-            self.model.score.weight.copy_(initial_head(self, config.head_init))
         if config.checkpointing != self.model.is_activation_checkpointing:
             toggle = "enable" if config.checkpointing else "disable"
             getattr(self.model, f"activation_checkpointing_{toggle}")()
         self.model.train(config.checkpointing)  # transformers checkpoints in training mode only; dropout is zero anyway
-        self.optimizer.reset()
+        for block in self.blocks:
+            if config.compile and not block._compiled_call_impl:
+                block.compile()
+        self.optimizer.reset([*self.pretrained, initial_head(self, config.head_init)])
 
     @functools.cached_property
     def optimizer(self) -> "MasterAdam":
-        return MasterAdam([p for p in self.model.parameters() if p.requires_grad])
+        return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
 
-    def logits(self, samples: list[list[int]]) -> Tensor:
-        """Float32 class logits [B, K] of B tokenised samples, in one packed forward."""
+    def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states after the final norm, of one packed forward, and which rows of them are last tokens (None: all)."""
         ids, positions, where = pack(samples, self.model.device)
         hidden = self.model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
         ).last_hidden_state[0]
         rows = None if self.prunes else where.cu_seqlens[1:] - 1
+        return hidden, rows
+
+    def features(self, samples: list[list[int]]) -> Tensor:
+        """What the head reads, float32 [B, D]."""
+        hidden, rows = self.hidden(samples)
+        return (hidden if rows is None else hidden[rows.long()]).float()
+
+    def logits(self, samples: list[list[int]]) -> Tensor:
+        """Float32 class logits [B, K]."""
+        hidden, rows = self.hidden(samples)
         return tail(hidden, rows, None, 0.0, self.model.score.weight, self.kernels)
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
@@ -276,15 +323,23 @@ def initial_head(classifier: Classifier, how: str) -> Tensor:
     return lm_head[words].to(weight)
 
 
-def micro_batches(samples: list[list[int]], micro_tokens: int) -> Iterator[slice]:
-    """Consecutive slices of at most `micro_tokens` tokens, at least one sample each."""
-    start, n = 0, 0
-    for i, s in enumerate(samples):
-        if i > start and n + len(s) > micro_tokens:
-            yield slice(start, i)
-            start, n = i, 0
-        n += len(s)
-    yield slice(start, len(samples))
+def micro_batches(indices: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
+    """The indices in turn, cut where a micro-batch would exceed `micro_tokens`; at least one sample each."""
+    out: list[list[int]] = []
+    for i in indices:
+        if not out or sum(lengths[j] for j in out[-1]) + lengths[i] > micro_tokens:
+            out.append([])
+        out[-1].append(i)
+    return out
+
+
+def shares(lengths: list[int], micro_tokens: int, n_ranks: int) -> list[list[list[int]]]:
+    """Micro-batches of every rank, equally many each: the longest sample goes to the rank with the fewest tokens, and so on."""
+    ranks: list[list[int]] = [[] for _ in range(n_ranks)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        min(ranks, key=lambda r: sum(lengths[j] for j in r)).append(i)
+    split = [micro_batches(sorted(r), lengths, micro_tokens) for r in ranks]
+    return [s + [[]] * (max(map(len, split)) - len(s)) for s in split]
 
 
 # ---- the loop ----
@@ -293,25 +348,25 @@ def micro_batches(samples: list[list[int]], micro_tokens: int) -> Iterator[slice
 class MasterAdam:
     """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32.
 
-    Its buffers serve run after run: `reset` takes the parameters as they are for a new start.
+    Of a sharded parameter it sees this rank's shard. Its buffers serve run after run: `reset` begins a new one.
     """
 
     def __init__(self, params: list[Tensor]):
-        self.params = params
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in params]
+        self.params, self.masters = params, [local(p).float() for p in params]
         for p, m in zip(params, self.masters, strict=True):
             p.grad = torch.zeros_like(p)  # kept and zeroed in place: a step allocates nothing
-            m.grad = p.grad if m is p else torch.empty_like(m)
-        self.rounded = [(p, m) for p, m in zip(params, self.masters, strict=True) if m is not p]
-        self.kept = [p for p, m in zip(params, self.masters, strict=True) if m is p]
+            m.grad = local(p.grad) if p.dtype == torch.float32 else torch.empty_like(m)
+        self.rounded = [(p, m) for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
         self.adam = torch.optim.Adam(self.masters, fused=True)
 
     @torch.no_grad()
-    def reset(self) -> None:
+    def reset(self, starts: list[Tensor]) -> None:
+        """Masters from `starts`, moments and gradients zero."""
+        for m, start in zip(self.masters, starts, strict=True):
+            m.copy_(start)
         for p, m in self.rounded:
-            m.copy_(p)
-        for p in self.params:
-            p.grad.zero_()
+            p.copy_(m)
+        self.zero_gradients()
         for state in self.adam.state.values():
             for moment in state.values():
                 moment.zero_()
@@ -322,14 +377,23 @@ class MasterAdam:
             m.grad.copy_(p.grad) if first else m.grad.add_(p.grad)
             p.grad.zero_()  # the next micro-batch starts from zero
 
+    def zero_gradients(self) -> None:
+        for p in self.params:
+            local(p.grad).zero_()
+
     def step(self, lr: float) -> None:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         with torch.no_grad():
             for p, m in self.rounded:
                 p.copy_(m)
-            for p in self.kept:
-                p.grad.zero_()
+        self.zero_gradients()
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, or the tensor; it shares the memory and carries no gradient."""
+    x = x.detach()
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def lr_at(step: int, n_steps: int, peak: float) -> float:
@@ -347,37 +411,82 @@ def batches(n: int, config: TrainConfig) -> Iterator[list[int]]:
 def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: TrainConfig) -> dict:
     """Train `classifier` from its pretrained weights on soft labels [N, K]; returns tokens, steps and cut inputs.
 
-    The loss is that of the whole batch whatever `micro_tokens` is: with several micro-batches the logits are computed
-    first without gradient, the loss is differentiated at them, and each micro-batch is run again and pushed back from
-    its rows of that gradient. Raises FloatingPointError on a loss that is not finite.
+    The loss is that of the whole batch whatever `micro_tokens` and the number of ranks are: with several micro-batches the
+    logits are computed first without gradient, the loss is differentiated at them, and each micro-batch is run again and
+    pushed back from its rows of that gradient. Raises FloatingPointError on a loss that is not finite.
     """
     check_labels(labels, len(texts))
     classifier.reset(config)
     samples, n_cut = classifier.encode(texts, config.max_tokens)
-    labels = labels.float().to(classifier.model.device)
-    optimizer = classifier.optimizer
-    schedule = list(batches(len(samples), config))
-    n_tokens, log, start = 0, [], time.time()
-    for step, batch in enumerate(tqdm(schedule, desc=f"finetune {classifier.spec.name}", leave=False, disable=None)):
-        y, tokens = labels[batch], [samples[i] for i in batch]
-        slices = list(micro_batches(tokens, config.micro_tokens))
-        whole = classifier.logits(tokens) if len(slices) == 1 else None
-        if whole is None:
-            with torch.no_grad():
-                z = torch.cat([classifier.logits(tokens[s]) for s in slices])
-        else:
-            z = whole.detach()
-        loss, gradient = loss_and_gradient(z, y, step / len(schedule), config, classifier.kernels)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step} of {len(schedule)}")
-        for i, s in enumerate(slices):
-            (classifier.logits(tokens[s]) if whole is None else whole).backward(gradient[s])
-            optimizer.take_gradients(first=i == 0)
+    labels, dev = labels.float(), classifier.model.device
+    check_kernel(config, classifier.kernels, dev)
+    schedule, micro_tokens = list(batches(len(samples), config)), config.micro_tokens
+    n_tokens, log, unread, start = 0, [], [], time.time()
+    bar = tqdm(schedule, desc=f"finetune {classifier.spec.name}", leave=False, disable=rank() > 0 or None)
+    for step, batch in enumerate(bar):
+        y, tokens = to_device(labels[batch], dev), [samples[i] for i in batch]
+        while True:
+            try:
+                loss = push_back(classifier, tokens, y, step / len(schedule), config, micro_tokens)
+                break
+            except torch.OutOfMemoryError:
+                micro_tokens = min(micro_tokens, sum(map(len, tokens))) // 2
+                if classifier.sharded or micro_tokens < max(map(len, tokens)):
+                    raise
+            classifier.optimizer.zero_gradients()
+            torch.cuda.empty_cache()
+            print0(
+                f"out of memory at step {step}: again with --micro-tokens {micro_tokens}, which gives the same result"
+            )
+        unread.append(loss)
         lr = lr_at(step, len(schedule), config.lr)
-        optimizer.step(lr)
+        classifier.optimizer.step(lr)
         n_tokens += sum(map(len, tokens))
-        log.append({"step": step, "loss": loss.item(), "lr": lr, "tokens": n_tokens, "seconds": time.time() - start})
-    return {"train_tokens": n_tokens, "steps": len(schedule), "cut_inputs": n_cut, "log": log}
+        log.append({"step": step, "lr": lr, "tokens": n_tokens, "seconds": time.time() - start})
+        if dev.type == "cpu" or step % 20 == 0 or step + 1 == len(schedule):  # to look at a loss is to wait for the GPU
+            for row, value in zip(log[-len(unread) :], torch.stack(unread).tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"loss is {value} at step {row['step']} of {len(schedule)}")
+                row["loss"] = value
+            unread.clear()
+    counts = {"train_tokens": n_tokens, "steps": len(schedule), "cut_inputs": n_cut}
+    return counts | ({"micro_tokens": micro_tokens} if micro_tokens != config.micro_tokens else {}) | {"log": log}
+
+
+def push_back(classifier: Classifier, tokens: list, y: Tensor, step_frac: float, config, micro_tokens: int) -> Tensor:
+    """The loss of the whole batch, on every rank, and its gradients, left with the optimizer.
+
+    Every rank runs its share of the samples; a rank with nothing left goes along with a sample that has no gradient.
+    """
+    ranks = world_size() if classifier.sharded else 1
+    mine = shares([len(t) for t in tokens], micro_tokens, ranks)[rank() % ranks]
+    rows = [to_device(torch.tensor(m, dtype=torch.long), y.device) for m in mine]
+
+    def forward(m: list[int]) -> Tensor:
+        return classifier.logits([tokens[i] for i in m or [0]])
+
+    with torch.set_grad_enabled(len(mine) == 1):
+        logits = [forward(m) for m in mine]
+    z = torch.zeros_like(y)
+    for r, out in zip(rows, logits, strict=True):
+        z.index_copy_(0, r, out.detach()[: len(r)])
+    if ranks > 1:
+        torch.distributed.all_reduce(z)
+    loss, gradient = loss_and_gradient(z, y, step_frac, config, classifier.kernels)
+    for n, (m, r) in enumerate(zip(mine, rows, strict=True)):
+        out = logits[0] if len(mine) == 1 else forward(m)
+        of_rows = torch.zeros_like(out)
+        of_rows[: len(r)] = ranks * gradient[r]  # FSDP takes the mean over ranks
+        out.backward(of_rows)
+        classifier.optimizer.take_gradients(first=n == 0)
+    if ranks > 1:
+        torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks))
+    return loss
+
+
+def to_device(x: Tensor, dev: torch.device) -> Tensor:
+    """A copy that the CPU does not wait for."""
+    return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
 
 
 def check_labels(labels: Tensor, n: int) -> None:
@@ -391,17 +500,57 @@ def check_labels(labels: Tensor, n: int) -> None:
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Tensor:
-    """Class probabilities [N, K], float32 on the CPU; neighbours in length share a forward."""
+def forward_all(classifier: Classifier, texts: list[str], config: TrainConfig, what: Callable) -> Tensor:
+    """`what`, classifier.features or .logits, of every text, on the CPU; neighbours in length share a forward."""
     samples, _ = classifier.encode(texts, config.max_tokens)
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
-    ordered = [samples[i] for i in order]
-    out = [
-        classifier.logits(ordered[s]).softmax(-1).cpu() for s in micro_batches(ordered, min(config.micro_tokens, 4096))
-    ]
-    probs = torch.empty(len(samples), classifier.model.num_labels)
-    probs[order] = torch.cat(out)
-    return probs
+    lengths = [len(s) for s in samples]
+    order = sorted(range(len(samples)), key=lambda i: lengths[i])
+    slices = micro_batches(order, lengths, min(config.micro_tokens, 4096))
+    ranks, me = (world_size(), rank()) if classifier.sharded else (1, 0)
+    out: dict[int, Tensor] = {}
+    for n in tqdm(range(0, len(slices), ranks), desc="forward", leave=False, disable=rank() > 0 or None):
+        y = what([samples[i] for i in slices[min(n + me, len(slices) - 1)]])  # past the end the last one, to go along
+        out |= {n + me: y.cpu()} if n + me < len(slices) else {}
+    parts = gather(out) if ranks > 1 else [out]
+    return torch.cat([parts[n % ranks][n] for n in range(len(slices))])[torch.tensor(order).argsort()]
+
+
+def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Tensor:
+    """Class probabilities [N, K], float32 on the CPU."""
+    return forward_all(classifier, texts, config, classifier.logits).softmax(-1)
+
+
+def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], kernels: str = "auto") -> Tensor:
+    """Heads alone, E at once, on frozen features x [N, D] with E soft labels [N, K]: weights [E, K, D].
+
+    Head e becomes what `configs[e]` would make of it alone: same order, loss and schedule. All must agree in number of
+    steps and batch size.
+    """
+    labels, n_classes, kernels = torch.stack(labels), labels[0].shape[-1], resolve(kernels)
+    seeds = list(dict.fromkeys(c.seed for c in configs))  # heads of one seed read the same batches
+    count = Counter(c.seed for c in configs)
+    n_slots = max(count.values())
+    slots = [n_slots * seeds.index(c.seed) + (count.subtract([c.seed]) or count[c.seed]) for c in configs]
+    weight = torch.zeros(len(seeds) * n_slots, n_classes, x.shape[-1], device=x.device, requires_grad=True)
+    adam = torch.optim.Adam([weight], fused=True)
+    alike = {c.loss: [e for e, other in enumerate(configs) if other.loss == c.loss] for c in configs}
+    orders = [batches(len(x), next(c for c in configs if c.seed == seed)) for seed in seeds]
+    orders = list(zip(*orders, strict=True))
+    for step, order in enumerate(tqdm(orders, desc=f"{len(configs)} heads", leave=False, disable=None)):
+        index = to_device(torch.tensor(order), x.device)  # [seeds, B]
+        z = x[index] @ weight.view(len(seeds), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
+        z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
+        y = labels.take_along_dim(index[[seeds.index(c.seed) for c in configs]][..., None], 1)
+        gradient = torch.empty_like(z)
+        for e in alike.values():
+            gradient[e] = loss_and_gradient(z[e].detach(), y[e], step / len(orders), configs[e[0]], kernels)[1]
+        weight.grad = None
+        z.backward(
+            gradient
+        )  # not autograd.grad: fused Adam reads a gradient as if it lay in memory as its parameter does
+        adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
+        adam.step()
+    return weight.detach()[slots]
 
 
 def soft_labels(rows: list[dict], n_classes: int) -> Tensor:
@@ -448,14 +597,17 @@ def main() -> None:
     n_classes = max([len(r["probs"]) for r in train if isinstance(r.get("probs"), list)], default=2)
     labels = soft_labels(train, n_classes)
     soft_labels([r for r in test if "label" in r], n_classes)
-    classifier = Classifier(ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels)
+    classifier = Classifier(
+        ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels, sharded=True
+    )
     print0(f"{args.model} in {classifier.dtype}, kernels: {classifier.kernels}")
     cost = finetune(classifier, [r["text"] for r in train], labels, config)
     probs = predict(classifier, [r["text"] for r in test], config)
-    write_jsonl(out / "steps.jsonl", cost.pop("log"))
     if args.keep_model:
         save_model(classifier, out / "model")
-    write_jsonl(out / "predictions.jsonl", prediction_rows(test, probs))
+    if rank() == 0:
+        write_jsonl(out / "steps.jsonl", cost.pop("log"))
+        write_jsonl(out / "predictions.jsonl", prediction_rows(test, probs))
     scored = [int(p.argmax()) == r["label"] for r, p in zip(test, probs, strict=True) if "label" in r]
     accuracy = f", accuracy {sum(scored) / len(scored):.4f} on {len(scored)}" if scored else ""
     print0(f"{cost['steps']} steps, {cost['train_tokens']} tokens{accuracy}; wrote {out}/predictions.jsonl")
@@ -466,9 +618,14 @@ def prediction_rows(rows: list[dict], probs: Tensor) -> list[dict]:
 
 
 def save_model(classifier: Classifier, folder: Path) -> None:
-    """An ordinary Hugging Face folder, loadable by AutoModelForSequenceClassification."""
-    classifier.model.save_pretrained(folder)
-    classifier.tokenizer.save_pretrained(folder)
+    """An ordinary Hugging Face folder, loadable by AutoModelForSequenceClassification; written by rank 0."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(classifier.model, options=whole) if classifier.sharded else None
+    if rank() == 0:
+        classifier.model.save_pretrained(folder, state_dict=weights)
+        classifier.tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python w2s.py run --preset smoke                                          two minutes on a CPU, random models
     python w2s.py run --preset tiny                                           a real small model on a CPU
     python w2s.py run --preset small --tasks sciq --methods finetune ours     one GPU, two rows of Table 2
+    torchrun --nproc-per-node 8 w2s.py run ...                                every stage on 8 GPUs
     python w2s.py plan | status | report  (same flags)                        what would run | what is done | tables again
 
 The method, each step a function below: the strong model debates every training sample (`debates`); weak models are
@@ -34,10 +35,13 @@ from common import (
     by_id,
     digest,
     flag,
+    is_locked,
     load_config,
     load_tokenizer,
+    locked,
     parse_dataclass,
     print0,
+    rank,
     read_json,
     read_jsonl,
     resolve_dtype,
@@ -107,8 +111,8 @@ PRESETS = {
         lr=1e-2, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,
     ),
     "tiny": dict(
-        tasks=("places",), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=128, lr=2e-4,
-        batch_size=8, max_new_tokens=6, temperature=0.7, chat=True, dtype="bfloat16",
+        tasks=("places",), seeds=(0, 1), weak="smollm2-135m:3", strong="smollm2-135m", limit_train=120, lr=2e-4,
+        epochs=3, batch_size=8, max_new_tokens=6, temperature=0.7, chat=True, dtype="bfloat16",
     ),
     "small": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
@@ -117,7 +121,7 @@ PRESETS = {
     "paper": dict(tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B"),
 }  # fmt: skip
 PER_TASK = {  # a preset's sizes for a task that needs others (LOG.md, 2026-11-23)
-    ("tiny", "sciq"): dict(limit_train=600, lr=1e-4, weak_lr=2e-4, max_new_tokens=8),
+    ("tiny", "sciq"): dict(limit_train=1600, lr=1e-4, weak_lr=2e-4, epochs=2, batch_size=32, max_new_tokens=8),
 }
 
 
@@ -148,7 +152,12 @@ class Config:
     chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
+    engine: str = flag("own", "what generates the debates", choices=("own", "vllm"))
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
+    json: bool = flag(False, "status as JSON", bool)
+    head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
+    head_lr: float = flag(1e-4, "learning rate of --head-only", float)
+    head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
 
     def resolved(self, task: str | None = None) -> "Config":
         """With the preset's and the paper's values filled in, and where the preset has them those of `task`.
@@ -176,6 +185,8 @@ class Config:
             "max_new_tokens",
             "lr",
             "weak_lr",
+            "head_lr",
+            "head_epochs",
         ):
             value = getattr(config, name)
             if value is not None and not value > 0:
@@ -199,11 +210,13 @@ class Experiment:
 
     def __init__(self, config: Config, task: str):
         self.config, self.task = config, task
-        self.folder = Path(config.out) / task
+        self.folder = Path(config.out) / task  # data and debates
+        self.runs = results_folder(config) / task  # what is trained on them
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
+        self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
 
-    def classifier(self, model: ModelSpec):
-        return load_classifier(model, self.config.dtype, self.config.kernels)
+    def classifier(self, model: ModelSpec, sharded: bool = False):
+        return load_classifier(model, self.config.dtype, self.config.kernels, sharded)
 
     def file(self, name: str) -> Path:
         return self.folder / "data" / name
@@ -234,7 +247,7 @@ class Experiment:
         """The strong model on the ground truth of the student's half."""
         texts, gold = self.file("train_b.jsonl"), self.file("train_b.gold.jsonl")
         return self.finetuning(
-            f"strong-ceiling-s{seed}", self.strong, self.train_config(self.strong, seed, 0),
+            f"strong-ceiling-s{seed}", "strong", self.strong, self.train_config(self.strong, seed, 0),
             {"train": texts, "gold": gold}, lambda: joined(texts, gold), ("test",),
         )  # fmt: skip
 
@@ -244,11 +257,11 @@ class Experiment:
 
         c = self.config
         folder = self.folder / "transcripts" / protocol
-        settings = debate.DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype)
+        settings = debate.DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, engine=c.engine)
         form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         if protocol == "market_making":
-            inputs["weak_floor"] = self.weak_floor(0).folder / "model"
+            inputs["weak_floor"] = self.asked_floor().folder / "model"
 
         def make(out: Path) -> dict:
             cost: dict[str, int] = {}
@@ -265,7 +278,7 @@ class Experiment:
         asked = {str(k): n for k, n in turns.items()}
         wording = {"wording": self.wording(protocol), "form": form}
         config = {"model": self.strong.identity(), **wording, **dataclasses.asdict(settings)}
-        return Stage(folder, config, inputs, make, at_least=asked)
+        return Stage(folder, config, inputs, make, at_least=asked, shared=True)
 
     def wording(self, protocol: str) -> list[str]:
         """All that a protocol's prompts say for this task, and its names for the two sides."""
@@ -274,11 +287,15 @@ class Experiment:
         asked = [debate.debate_prompt(self.task, protocol, turn, side) for turn in range(3) for side in (0, 1)]
         return [*asked, *debate.PROMPTS[self.task].sides]
 
+    def asked_floor(self) -> Stage:
+        """The weak floor that market-making asks: finetuned as a whole, also where only heads are compared."""
+        return Experiment(dataclasses.replace(self.config, head_only=False), self.task).weak_floor(0)
+
     def weak_choice(self):
         """Samples and their transcripts so far -> the class that the weak floor prefers."""
         from train import TrainConfig, predict
 
-        classifier = self.classifier(ModelSpec(str(self.weak_floor(0).folder / "model")))
+        classifier = self.classifier(ModelSpec(str(self.asked_floor().folder / "model")))
 
         def choose(samples: list[dict], rows: list[dict]) -> list[int]:
             texts = [self.context("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)]
@@ -321,8 +338,9 @@ class Experiment:
 
         inputs = files | {f"{p} transcripts": functools.partial(beginning, path, turns) for p, path in said.items()}
         floor = context == "naive" and finetune_seed == 0
+        reader = name.removesuffix(f"-f{finetune_seed}-s{seed}")
         return self.finetuning(
-            name, self.weak, self.train_config(self.weak, seed, finetune_seed), inputs, lambda: read("train_a"),
+            name, reader, self.weak, self.train_config(self.weak, seed, finetune_seed), inputs, lambda: read("train_a"),
             ("train_b", "test") if floor else ("train_b",), read, keep=floor and seed == 0,
             reads=None if context == "naive" else [code(Experiment.context), code(with_transcript), self.wording(context)],
         )  # fmt: skip
@@ -342,13 +360,13 @@ class Experiment:
             write_jsonl(out / "train_b.jsonl", [{"id": i, "probs": p} for i, p in zip(ids, mean, strict=True)])
             return {"samples": len(ids)}
 
-        return Stage(self.folder / f"weak_labels/{name}/seed{seed}", {"members": list(members)}, members, make)
+        return Stage(self.runs / f"weak_labels/{name}/seed{seed}", {"members": list(members)}, members, make)
 
     def train_student(self, name: str, seed: int) -> Stage:
         """The strong model on the weak labels of train_b, on the plain samples. Gold labels are out of its reach."""
         texts, labels = self.file("train_b.jsonl"), self.label_with_ensemble(name, seed).folder / "train_b.jsonl"
         return self.finetuning(
-            f"strong-{name}-s{seed}", self.strong, self.train_config(self.strong, seed, 0, METHODS[name].loss),
+            f"strong-{name}-s{seed}", "strong", self.strong, self.train_config(self.strong, seed, 0, METHODS[name].loss),
             {"train": texts, "weak labels": labels}, lambda: joined(texts, labels), ("train_b", "test"),
         )  # fmt: skip
 
@@ -356,35 +374,26 @@ class Experiment:
         from train import TrainConfig
 
         c = self.config
+        lr = c.head_lr if c.head_only else c.weak_lr if model is self.weak else c.lr
         return TrainConfig(
-            loss=loss, lr=c.weak_lr if model is self.weak else c.lr, epochs=c.epochs, batch_size=c.batch_size,
+            loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
             kernels=c.kernels,
         )  # fmt: skip
 
-    def finetuning(self, name, model, train_config, inputs, samples, parts, read=None, keep=False, reads=None) -> Stage:
+    def finetuning(
+        self, name, reader, model, train_config, inputs, samples, parts, read=None, keep=False, reads=None
+    ) -> Stage:
         """Finetune `model` on `samples()` and write its probabilities on each of `parts` to predictions/<name>.
 
-        `reads` identifies how the texts are made of the inputs, where they are not the samples' own.
+        Runs of one `reader` read the same texts. `reads` identifies how these are made of the inputs, where they are
+        not the samples' own.
         """
         import train
         from kernels import conf_loss
 
         read = read or (lambda part: read_jsonl(self.file(f"{part}.jsonl")))
         keep = keep or self.config.keep_models
-
-        def make(out: Path) -> dict:
-            classifier, rows = self.classifier(model), samples()
-            cost = train.finetune(classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), train_config)
-            write_jsonl(out / "steps.jsonl", cost.pop("log"))
-            for part in parts:
-                rows = read(part)
-                probs = train.predict(classifier, [r["text"] for r in rows], train_config)
-                write_jsonl(out / f"{part}.jsonl", train.prediction_rows(rows, probs))
-            if keep:
-                train.save_model(classifier, out / "model")
-            return cost
-
         code_of_loss = [
             code(train.LOSSES[train_config.loss]),
             code(getattr(train, f"{train_config.loss}_loss", train.xent_loss)),
@@ -397,26 +406,76 @@ class Experiment:
             **dataclasses.asdict(train_config),
         }
         tested = {"test": self.file("test.jsonl")} if "test" in parts else {}
+        folder = self.runs / "predictions" / name
+        if self.config.head_only:
+            runs = self.heads.setdefault(reader, {})
+            runs[name] = (samples, train_config, parts, read)
+
+            def make(out: Path) -> dict:
+                probs, cost = self.train_heads(reader, model)[name]
+                for part in parts:
+                    write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(part), probs[part]))
+                return cost
+
+            return Stage(folder, config | {"head_only": True}, inputs | tested, make)
+
+        def make(out: Path) -> dict:
+            classifier, rows = self.classifier(model, sharded=True), samples()
+            cost = train.finetune(classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), train_config)
+            files = {"steps": cost.pop("log")}
+            for part in parts:
+                rows = read(part)
+                probs = train.predict(classifier, [r["text"] for r in rows], train_config)
+                files[part] = train.prediction_rows(rows, probs)
+            for name, rows in files.items() if rank() == 0 else ():
+                write_jsonl(out / f"{name}.jsonl", rows)
+            if keep:
+                train.save_model(classifier, out / "model")
+            return cost
+
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
-        return Stage(self.folder / "predictions" / name, config, inputs | tested, make, at_least=kept)
+        return Stage(folder, config, inputs | tested, make, at_least=kept, shared=True)
+
+    @functools.cache  # noqa: B019
+    def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
+        """All runs of one reader at once: run -> (probabilities of each part, cost). Texts become features only once."""
+        import train
+
+        start, runs = time.time(), self.heads[reader]
+        classifier = self.classifier(model)
+
+        def features(rows: list[dict], config):
+            texts = [r["text"] for r in rows]
+            return train.forward_all(classifier, texts, config, classifier.features).to(classifier.model.device)
+
+        labelled, configs = [run[0]() for run in runs.values()], [run[1] for run in runs.values()]
+        labels = [train.soft_labels(rows, 2).to(classifier.model.device) for rows in labelled]
+        weights = train.finetune_heads(features(labelled[0], configs[0]), labels, configs, self.config.kernels)
+        read = {part: read for *_, parts, read in runs.values() for part in parts}
+        of = {part: features(read[part](part), configs[0]) for part in read}
+        probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
+        cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
+        return {name: (p, cost) for name, p in zip(runs, probs, strict=True)}
 
     def stages(self) -> Iterator[Stage]:
         """Every stage that the chosen methods and seeds need, each once, in an order that can run."""
         methods = {n: m for n, m in METHODS.items() if n in self.config.methods}
         if self.task not in FIGURE_TASKS:
             methods = {n: m for n, m in methods.items() if n not in FIGURE_METHODS}
-        wanted = [self.prepare(), *map(self.weak_floor, self.config.seeds), self.weak_floor(0)]
+        wanted = [self.prepare(), *map(self.weak_floor, self.config.seeds)]
         for protocol in ("debate", "consultancy", "market_making"):
             turns: dict[int, int] = {}
             for m in methods.values():
                 if m.context == protocol:
                     turns |= {k: max(m.turns, turns.get(k, 0)) for k, _ in m.members}
             if turns:
+                wanted += [self.asked_floor()] if protocol == "market_making" else []
                 wanted.append(self.debates(protocol, turns))
         for seed in self.config.seeds:
             wanted += [stage for m in methods.values() for stage in self.train_members(m, seed)]
         for seed in self.config.seeds:
             wanted += [self.label_with_ensemble(n, seed) for n in methods]
+        for seed in self.config.seeds:
             wanted += [self.strong_ceiling(seed), *(self.train_student(n, seed) for n in methods)]
         yield from {stage.folder: stage for stage in wanted}.values()
 
@@ -441,6 +500,10 @@ class Experiment:
         seconds = sum(m.get("seconds", 0) for m in members) + share * debates.get("seconds", 0)
         tokens = sum(m.get("train_tokens", 0) for m in members) + share * debates.get("new_tokens", 0)
         return {"supervision_seconds": round(seconds, 3), "supervision_tokens": round(tokens)}
+
+
+def results_folder(config: Config) -> Path:
+    return Path(config.out) / "heads" if config.head_only else Path(config.out)
 
 
 def joined(texts: Path, labels: Path) -> list[dict]:
@@ -476,20 +539,20 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
 
 
 @functools.lru_cache(maxsize=1)
-def load_classifier(spec: ModelSpec, dtype: str, kernels: str):
+def load_classifier(spec: ModelSpec, dtype: str, kernels: str, sharded: bool):
     """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
     import torch
 
     from train import Classifier
 
-    return Classifier(spec, 2, getattr(torch, dtype), kernels)
+    return Classifier(spec, 2, getattr(torch, dtype), kernels, sharded)
 
 
 @functools.lru_cache(maxsize=1)
 def debater(spec: ModelSpec, settings):
-    from debate import Debater
+    from debate import ENGINES
 
-    return Debater(spec, settings)
+    return ENGINES[settings.engine](spec, settings)
 
 
 # ---- commands ----
@@ -499,6 +562,13 @@ def run(experiments: list[Experiment]) -> None:
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
     for spec in (experiments[0].weak, experiments[0].strong):
         load_config(spec)
+    with locked(Path(experiments[0].config.out)):
+        make_all(experiments)
+        if rank() == 0:
+            write_report(experiments)
+
+
+def make_all(experiments: list[Experiment]) -> None:
     stages = [s for e in experiments for s in e.stages()]
     start, made = time.time(), 0
     for n, stage in enumerate(stages, 1):
@@ -522,7 +592,6 @@ def run(experiments: list[Experiment]) -> None:
     print0(
         f"{made} of {len(stages)} stages made, {len(stages) - made} were done, in {(time.time() - start) / 60:.1f} min"
     )
-    write_report(experiments)
 
 
 def write_report(experiments: list[Experiment]) -> None:
@@ -532,24 +601,53 @@ def write_report(experiments: list[Experiment]) -> None:
         raise InputError(f"--out {out}: nothing is finished there yet; start with `python w2s.py run`")
     labels = BOUNDS | {n: m.label for n, m in METHODS.items()}
     shown = {n: m.shown for n, m in METHODS.items()}
-    for path in report.write(out, rows, labels, shown):
+    into = results_folder(experiments[0].config)
+    for path in report.write(out, into, rows, labels, shown):
         print0(f"wrote {path}")
-    for table in [*sorted((out / "tables").glob("*.md")), out / "cost.md"]:
+    for table in [*sorted((into / "tables").glob("*.md")), into / "cost.md"]:
         print0("\n" + table.read_text())
 
 
-def status(experiments: list[Experiment]) -> None:
-    counts = {"done": 0, "stale": 0, "missing": 0}
+def states(experiments: list[Experiment]) -> list[dict]:
+    """Of every stage its state, why it is stale, the seconds it took, and the seconds that it will, as like ones did."""
+    rows = []
     for e in experiments:
         for stage in e.stages():
             difference = stage.difference()
             state = "missing" if difference is None else "stale" if difference else "done"
-            counts[state] += 1
-            print0(
-                f"{state:8}{stage.folder.relative_to(e.config.out)}"
-                + (f"  ({'; '.join(difference)})" if difference else "")
-            )
-    print0(", ".join(f"{n} {state}" for state, n in counts.items()))
+            if state != "done" and (stage.folder / "started.json").exists() and is_locked(Path(e.config.out)):
+                state = "running"
+            seconds = (read_json(stage.folder / "manifest.json") or {}).get("seconds")
+            name = stage.folder.relative_to(e.config.out).as_posix()
+            rows.append({"stage": name, "state": state, "why": difference or [], "seconds": seconds})
+    spent: dict[str, list[float]] = {}
+    for row in rows:
+        row["like"] = row["stage"].split("-")[0]  # task/predictions/weak, task/weak_labels/ours/seed0
+        if row["state"] == "done" and row["seconds"] is not None:
+            spent.setdefault(row["like"], []).append(row["seconds"])
+    for row in rows:
+        like = spent.get(row.pop("like"))
+        row["expected"] = round(sum(like) / len(like), 1) if like and row["state"] != "done" else None
+    return rows
+
+
+def status(experiments: list[Experiment]) -> None:
+    rows = states(experiments)
+    if experiments[0].config.json:
+        print0(json.dumps(rows, indent=1))
+        return
+    for task in dict.fromkeys(row["stage"].split("/")[0] for row in rows):
+        print0(task)
+        for row in rows:
+            if row["stage"].startswith(f"{task}/"):
+                took = f"{row['seconds']:8.1f} s" if row["state"] == "done" else ""
+                why = f"  ({'; '.join(row['why'])})" if row["why"] else ""
+                print0(f"  {row['state']:8}{row['stage']:60}{took}{why}")
+    count = {state: sum(r["state"] == state for r in rows) for state in ("done", "running", "stale", "missing")}
+    left = [r["expected"] for r in rows if r["state"] != "done"]
+    known = [x for x in left if x is not None]
+    more = f"; about {sum(known) / 60:.0f} min left for {len(known)} of {len(left)}" if known else ""
+    print0(", ".join(f"{n} {state}" for state, n in count.items()) + more)
 
 
 COMMANDS = {"run": run, "plan": estimate.show, "status": status, "report": write_report}

@@ -31,7 +31,11 @@ def builtin_folder(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
             made = Path(tmp) / name
             smollm2(made) if name == "smollm2-135m" else random_byte_model(made, wide=name == "random-large")
-            os.replace(made, folder)
+            try:
+                os.replace(made, folder)
+            except OSError:
+                if not folder.exists():  # if it does, another process was first
+                    raise
     return folder
 
 

@@ -349,7 +349,7 @@ class OpenAILoop:
         self.model.load_state_dict(self.pretrained)
         torch.nn.init.zeros_(self.model.score.weight)
         optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
-        schedule, log, start, n_tokens = list(train.batches(len(samples), config)), [], time.time(), 0
+        schedule, log, n_tokens = list(train.batches(len(samples), config)), [], 0
         for step, batch in enumerate(schedule):
             optimizer.param_groups[0]["lr"] = train.lr_at(step, len(schedule), config.lr)
             logits = []
@@ -366,7 +366,7 @@ class OpenAILoop:
             optimizer.step()
             optimizer.zero_grad()
             n_tokens += sum(len(samples[j]) for j in batch)
-            log.append({"loss": loss.item(), "tokens": n_tokens, "seconds": time.time() - start})
+            log.append({"loss": loss.item(), "tokens": n_tokens, "seconds": time.time()})
         return log
 
 
@@ -375,7 +375,18 @@ class OurLoop:
         self.classifier = train.Classifier(spec, 2, dtype, kernels)
 
     def finetune(self, texts: list[str], labels: Tensor, config: train.TrainConfig) -> list[dict]:
-        return train.finetune(self.classifier, texts, labels, config)["log"]
+        """train.finetune, with a clock that waits for the GPU at the end of every step, as the other loop does."""
+        optimizer, ends = self.classifier.optimizer, []
+
+        def timed_step(lr: float) -> None:
+            type(optimizer).step(optimizer, lr)
+            synchronise()
+            ends.append(time.time())
+
+        optimizer.step = timed_step
+        log = train.finetune(self.classifier, texts, labels, config)["log"]
+        del optimizer.step
+        return [row | {"seconds": end} for row, end in zip(log, ends, strict=True)]
 
 
 def build(provider: str, spec: ModelSpec) -> OpenAILoop | OurLoop:

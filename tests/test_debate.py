@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import common
 import debate
 from common import InputError, ModelSpec, read_jsonl, stable_hash, write_jsonl
 from data.prepare import TASKS
-from debate import DebateConfig, Debater, debate_prompt, gumbel, make_transcripts, run_protocol, sample
+from debate import ENGINES, DebateConfig, Debater, debate_prompt, gumbel, make_transcripts, run_protocol, sample
 
 # ---- prompts ----
 
@@ -209,7 +210,7 @@ def test_seeds_give_different_transcripts_and_the_same_sides(three_turns):
     assert len(set(three_turns.values())) == 3
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 32])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_the_batch_does_not_matter(debater, samples, three_turns, tmp_path, chunk):
     assert transcripts(debater, samples, tmp_path, seeds=(0, 1), chunk=chunk) == {k: three_turns[k] for k in (0, 1)}
 
@@ -363,8 +364,8 @@ def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monk
     monkeypatch.setattr(RecordingSession, "prompts", [])
     got = run_protocol(debater, "sciq", "debate", batch, [0, 1], 4, before)
     rows = [(s, got[k][i]) for i, s in enumerate(batch) for k in (0, 1)]
-    assert len(RecordingSession.prompts) == 1 + 4 - begun  # the openings, then a prompt a turn
-    for turn, fed in enumerate(RecordingSession.prompts[1:], begun):
+    assert len(RecordingSession.prompts) == 2 + 4 - begun  # what openings share, the openings, then a prompt a turn
+    for turn, fed in enumerate(RecordingSession.prompts[2:], begun):
         for (s, row), ids in zip(rows, fed, strict=True):
             text = f"{INTRODUCTION}\n\n{s['text']}\n\n"
             for t, said in enumerate(row["turns"][:turn]):
@@ -385,7 +386,7 @@ def test_market_making_argues_against_the_choice(debater, samples, monkeypatch):
     [rows] = run_protocol(debater, "sciq", "market_making", samples[:6], [0], 3, None, choose)
     assert asked == [[(s["id"], s["id"], turn) for s in samples[:6]] for turn in range(3)]
     assert [r["sides"] for r in rows] == [[1 - i % 2, 1 - i % 2, i % 2] for i in range(6)]
-    for turn, fed in enumerate(RecordingSession.prompts[1:]):
+    for turn, fed in enumerate(RecordingSession.prompts[2:]):
         for i, ids in enumerate(fed):
             unselected = ("incorrect", "correct")[rows[i]["sides"][turn]]
             wanted = f"Construct your argument for why the answer is {unselected}.\nConsultant:"
@@ -436,7 +437,7 @@ def test_a_chat_model_is_asked_through_its_template(chat_model, samples, monkeyp
     [[row]] = run_protocol(debater, "sciq", "debate", samples[:1], [0], 2)
     content = f"{INTRODUCTION}\n\n{samples[0]['text']}\n\nDebater A: {row['turns'][0]}\n"
     content += debate.instruction("sciq", "debate", 1, row["sides"][1])
-    [asked] = RecordingSession.prompts[2]
+    [asked] = RecordingSession.prompts[3]
     wanted = f"<system>Be brief.</system><user>{content}</user><assistant>Debater B:"
     assert debater.tokenizer.decode(asked) == wanted
 
@@ -444,6 +445,50 @@ def test_a_chat_model_is_asked_through_its_template(chat_model, samples, monkeyp
 def test_chat_without_a_template_is_refused(tiny_model):
     with pytest.raises(InputError, match="no chat template"):
         Debater(ModelSpec(tiny_model("llama")), DebateConfig(chat=True))
+
+
+# ---- vLLM, by a stand-in ----
+
+
+class StandIn(types.ModuleType):
+    """As much of vLLM as is used: replies are a function of the seed alone, and end with the end token or the limit."""
+
+    def __init__(self):
+        super().__init__("vllm")
+        self.asked: list[tuple] = []
+        self.SamplingParams, self.LLM = types.SimpleNamespace, lambda **options: self
+
+    def generate(self, prompts, sampling, use_tqdm):
+        self.asked += [(tuple(p["prompt_token_ids"]), s.seed) for p, s in zip(prompts, sampling, strict=True)]
+        replies = [[66 + s.seed // 7**i % 20 for i in range(s.seed % s.max_tokens)] + [0] for s in sampling]
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(r))]) for r in replies]
+
+
+def test_vllm_is_asked_with_the_same_prompts_and_seeds_whatever_the_batch(tiny_model, samples, tmp_path, monkeypatch):
+    asked, got = [], []
+    for chunk in (1, 7):
+        monkeypatch.setitem(sys.modules, "vllm", StandIn())
+        debater = ENGINES["vllm"](ModelSpec(tiny_model("llama")), DebateConfig(max_new_tokens=6))
+        (tmp_path / str(chunk)).mkdir()
+        got.append(transcripts(debater, samples[:9], tmp_path / str(chunk), seeds=(0, 1), chunk=chunk))
+        asked.append(sorted(debater.model.asked))
+    assert got[0] == got[1] and asked[0] == asked[1]
+    assert len({seed for _, seed in asked[0]}) == 9 * 2 * 3
+    for row in read_jsonl(tmp_path / "7/seed1.jsonl"):
+        sample_row = next(s for s in samples if s["id"] == row["id"])
+        for turn in range(3):
+            seed = stable_hash("noise", 1, row["id"], turn)
+            assert row["n_tokens"][turn] == max(1, seed % 6)
+            said = [debater.said("debate", t, row["turns"][t]) for t in range(turn)]
+            prompt = sum(said, debater.opening("sciq", "debate", sample_row["text"]))
+            prompt += debater.asked("sciq", "debate", turn, row["sides"][turn])
+            assert (tuple(prompt), seed) in asked[1]
+
+
+def test_vllm_that_is_not_there_is_named(tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match="--engine vllm: vllm is not installed"):
+        ENGINES["vllm"](ModelSpec(tiny_model("llama")), SETTINGS)
 
 
 # ---- as a script ----

@@ -197,7 +197,7 @@ def test_micro_batches_change_nothing(classifier, loss, monkeypatch):
     labels = torch.rand(96, 1, generator=torch.Generator().manual_seed(0))
     labels = torch.cat([labels, 1 - labels], 1)
     config = TrainConfig(loss=loss, lr=3e-3, epochs=1, batch_size=32, warmup_frac=0.3)
-    assert [len(list(train.micro_batches([[0] * 9] * 32, 9 * n))) for n in (1, 2, 8)] == [32, 16, 4]
+    assert [len(list(train.micro_batches(range(32), [9] * 32, 9 * n))) for n in (1, 2, 8)] == [32, 16, 4]
     losses, gradients, hardened, probs = recorded(classifier, texts, labels, config, monkeypatch)
     assert gradients.shape[0] == 3 and gradients.abs().amax(1).min() > 1e-3
     assert loss != "logconf" or 0 < sum(hardened[-1]) < 32
@@ -236,15 +236,20 @@ def with_random_head(folder, n_classes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logits_are_those_of_each_sample_alone(family, tiny_model):
+def test_packed_logits_are_those_of_a_padded_batch_and_of_each_sample_alone(family, tiny_model):
     classifier = with_random_head(tiny_model(family), 3)
     plain = AutoModel.from_pretrained(tiny_model(family), attn_implementation="sdpa", dtype=torch.float32)
     samples, _ = classifier.encode(TEXTS, 100)
+    longest, lengths = max(map(len, samples)), torch.tensor([len(s) for s in samples])
+    ids = torch.tensor([s + [7] * (longest - len(s)) for s in samples])
     with torch.no_grad():
         alone = torch.cat([plain(torch.tensor([s])).last_hidden_state[:, -1] for s in samples])
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        padded = plain(ids, attention_mask=mask).last_hidden_state[range(len(samples)), lengths - 1]
         got = classifier.logits(samples)
     assert got.std() > 0.1
-    assert_close(got, alone @ classifier.model.score.weight.T, atol=1e-5, rtol=1e-5)
+    for wanted in (alone, padded):
+        assert_close(got, wanted @ classifier.model.score.weight.T, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -533,3 +538,101 @@ def test_bad_soft_labels_are_named_before_a_model_is_loaded(probs, tmp_path, sam
     monkeypatch.setattr(train, "Classifier", lambda *_: pytest.fail("a model was loaded"))
     flags = [f"--{name}={tmp_path}/{name}.jsonl" for name in ("train", "test")]
     assert_refused([*flags, "--out", f"{tmp_path}/run", "--model", "random-small"], [], monkeypatch, capsys)
+
+
+# ---- heads alone ----
+
+
+def head_alone(x, y, config):
+    """One head on frozen features, by torch's own layer, loss on the whole batch and optimizer."""
+    head = torch.nn.Linear(x.shape[1], y.shape[1], bias=False)
+    torch.nn.init.zeros_(head.weight)
+    adam = torch.optim.Adam(head.parameters())
+    schedule = list(train.batches(len(x), config))
+    for step, batch in enumerate(schedule):
+        adam.zero_grad()
+        train.LOSSES[config.loss](head(x[batch]), y[batch], step / len(schedule), config).backward()
+        adam.param_groups[0]["lr"] = train.lr_at(step, len(schedule), config.lr)
+        adam.step()
+    return head.weight.detach()
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_heads_trained_at_once_are_those_trained_alone(n):
+    torch.manual_seed(0)
+    x = torch.randn(45, 16)
+    configs = [
+        TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8) for seed in range(3) for loss in train.LOSSES
+    ][-n:]
+    labels = [(4 * torch.randn(45, 2)).softmax(-1) for _ in configs]
+    weights = train.finetune_heads(x, labels, configs)
+    for e, config in enumerate(configs):
+        assert_close(weights[e], head_alone(x, labels[e], config), atol=1e-5, rtol=0)
+    assert weights.abs().mean() > 0.01 and (n == 1 or weights.flatten(1).std(0).mean() > 0.01)
+
+
+def test_losses_of_several_heads_are_those_of_each():
+    z, y = torch.randn(5, 32, 2), torch.rand(5, 32, 2).softmax(-1)
+    z[1] = 0  # ties
+    for loss in train.LOSSES.values():
+        alone = torch.stack([loss(z[e], y[e], 0.5, TrainConfig()) for e in range(5)])
+        assert torch.equal(loss(z, y, 0.5, TrainConfig()), alone)
+
+
+def test_the_threshold_is_torchs_quantile():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(1000):
+        B = int(torch.randint(1, 40, (), generator=generator))
+        z = torch.randn(B, 2, dtype=torch.float64, generator=generator) * 10.0 ** (case % 4 - 1)
+        z = z.round() if case % 3 == 0 else z  # ties
+        y = torch.rand(B, 2, dtype=torch.float64, generator=generator).softmax(-1)
+        y = y.round() if case % 5 == 0 else y
+        p0 = z.softmax(-1)[:, 0]
+        wanted = p0 >= torch.quantile(p0, y[:, 1].mean().clamp(0, 1))
+        assert torch.equal(conf_loss.hardened_to_0(z, y), wanted)
+
+
+def test_a_loss_that_was_edited_is_not_computed_by_the_kernel_of_the_old_one(monkeypatch):
+    train.check_kernel(TrainConfig(loss="product"), "triton", torch.device("cpu"))
+    monkeypatch.setitem(train.LOSSES, "product", lambda z, y, step_frac, c: train.product_loss(z, y, 2.0, c.beta))
+    with pytest.raises(InputError, match="choose --kernels reference"):
+        train.check_kernel(TrainConfig(loss="product"), "triton", torch.device("cpu"))
+    train.check_kernel(TrainConfig(loss="product"), "reference", torch.device("cpu"))
+
+
+def test_out_of_memory_halves_the_budget_and_changes_nothing(classifier, samples, monkeypatch, capsys):
+    texts, labels = [s["text"] for s in samples[:16]], torch.eye(2)[[s["label"] for s in samples[:16]]]
+    config, logits = TrainConfig(loss="logconf", lr=1e-3, batch_size=8), Classifier.logits
+    plain = train.finetune(classifier, texts, labels, config)
+    wanted = train.predict(classifier, texts, config)
+
+    def small_memory(self, tokens):
+        if torch.is_grad_enabled() and sum(map(len, tokens)) > 60:
+            raise torch.OutOfMemoryError("out of memory")
+        return logits(self, tokens)
+
+    monkeypatch.setattr(Classifier, "logits", small_memory)
+    cost = train.finetune(classifier, texts, labels, config)
+    assert cost["micro_tokens"] <= 60 and "out of memory at step 0" in capsys.readouterr().out
+    assert_close([r["loss"] for r in cost["log"]], [r["loss"] for r in plain["log"]], atol=1e-5, rtol=0)
+    assert_close(train.predict(classifier, texts, config), wanted, atol=1e-5, rtol=0)
+    monkeypatch.setattr(Classifier, "logits", lambda self, tokens: small_memory(self, tokens * 100))
+    with pytest.raises(torch.OutOfMemoryError):
+        train.finetune(classifier, texts, labels, config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_a_step_never_waits_for_the_gpu(loss, tiny_model, samples):
+    classifier = Classifier(ModelSpec(tiny_model("qwen2")), 2, torch.bfloat16)
+    config = TrainConfig(loss=loss)
+    classifier.reset(config)
+    tokens, _ = classifier.encode([s["text"] for s in samples], 100)
+    y = torch.full((len(tokens), 2), 0.5, device="cuda")
+    train.push_back(classifier, tokens, y, 0.5, config, config.micro_tokens)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train.push_back(classifier, tokens, y, 0.5, config, config.micro_tokens)
+        classifier.optimizer.step(1e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import report
 import w2s
-from common import Stage, by_id, read_jsonl, write_jsonl
+from common import Stage, by_id, locked, read_jsonl, write_jsonl
 from w2s import METHODS, Experiment
 
 PAPER = json.loads((ROOT / "data/paper.json").read_text())
@@ -443,14 +443,33 @@ def test_the_gold_labels_of_train_b_change_nothing_but_the_ceiling(done, tmp_pat
 
 
 def test_status_says_what_a_changed_flag_makes_stale(done, capsys):
-    w2s.status([changed(done[0], lr=0.02)])
-    lines = {
-        line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith(("done", "stale"))
-    }
-    for name, line in lines.items():
+    rows = {r["stage"]: r for r in w2s.states([changed(done[0], lr=0.02)])}
+    for name, row in rows.items():
         stale = "/strong-" in name  # weak models have a learning rate of their own
-        assert line.startswith("stale" if stale else "done") and ("(config.lr: 0.01 -> 0.02)" in line) == stale
-    assert len(lines) == len(done[1])
+        assert row["state"] == ("stale" if stale else "done") and row["why"] == ["config.lr: 0.01 -> 0.02"] * stale
+    assert len(rows) == len(done[1])
+    w2s.status([changed(done[0], lr=0.02)])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "sciq" and len(shown) == len(rows) + 2
+    assert all(
+        row["stage"] in line and row["state"] in line for row, line in zip(rows.values(), shown[1:], strict=False)
+    )
+
+
+def test_status_tells_what_runs_and_what_is_left(copied, capsys):
+    [folder] = [s.folder for s in copied.stages() if s.folder.name == "strong-ours-s0"]
+    (folder / "manifest.json").unlink()
+    (folder / "started.json").write_text("{}")
+
+    def row():
+        [row] = [r for r in w2s.states([copied]) if r["state"] != "done"]
+        return row
+
+    assert (row()["stage"], row()["state"]) == ("sciq/predictions/strong-ours-s0", "missing") and row()["expected"] > 0
+    with locked(Path(copied.config.out)):
+        assert row()["state"] == "running"
+        w2s.status([changed(copied, json=True)])
+        assert row() in json.loads(capsys.readouterr().out)
 
 
 def test_a_longer_and_larger_debate_leaves_the_rest_alone(copied, capsys):
@@ -493,6 +512,25 @@ def test_rows_that_do_not_match_the_samples_raise(copied, file, stage, how):
     [spoiled] = [s for s in copied.stages() if s.folder == copied.folder / stage]
     with pytest.raises(ValueError, match="ids do not match"):
         spoiled.run()
+
+
+def test_heads_alone_give_the_same_rows_on_the_same_debates(copied):
+    before = products(copied.folder)
+    heads = changed(copied, head_only=True, seeds=(0, 1, 2))
+    made = [stage.folder for stage in heads.stages() if stage.run()]
+    assert all(folder.is_relative_to(heads.runs) for folder in made) and products(copied.folder) == before
+    rows = list(heads.results())
+    assert {r["method"] for r in rows} == {r["method"] for r in copied.results()} and {r["seed"] for r in rows} == {
+        0,
+        1,
+        2,
+    }
+    w2s.write_report([heads])
+    assert {p.name: p.read_text().count("| ours") for p in heads.runs.parent.glob("tables/*.md")} == dict.fromkeys(
+        ("table2.md", "table4.md", "table5.md"), 1
+    )
+    trained = {p.parent.name: p.read_bytes() for p in heads.runs.glob("predictions/*/test.jsonl")}
+    assert len(set(trained.values())) >= len({r["method"] for r in rows})  # losses and weak labels matter
 
 
 def test_plan_starts_nothing(tmp_path, capsys):

@@ -1,0 +1,118 @@
+"""Several processes under torchrun, gloo on a CPU: the same losses, predictions and tables as one process alone.
+
+Run by torchrun, this file is a rank: it finetunes a tiny model with each loss and rank 0 writes what came out.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.testing import assert_close
+
+import train
+from common import ModelSpec, distributed, rank, read_jsonl
+from kernels import conf_loss
+from train import TrainConfig
+
+TEXTS = [f"Q: {'why ' * (i % 7)}{i * 37 % 101} A: {i}" for i in range(21)]
+
+
+def finetuned(folder: str) -> dict:
+    """Losses, hardened labels and predictions of a run with each loss; the last batch has fewer samples than ranks."""
+    classifier = train.Classifier(ModelSpec(folder), 2, torch.float32, sharded=True)
+    labels = torch.tensor([[i * 29 % 31 / 31, 1 - i * 29 % 31 / 31] for i in range(len(TEXTS))])
+    out, harden = {}, conf_loss.hardened_to_0
+    for loss in train.LOSSES:
+        hardened: list = []
+
+        def spy(z, y, seen=hardened):
+            seen.append(harden(z, y).tolist())
+            return harden(z, y)
+
+        conf_loss.hardened_to_0 = spy
+        config = TrainConfig(loss=loss, lr=1e-3, batch_size=6, micro_tokens=64)
+        log = train.finetune(classifier, TEXTS, labels, config)["log"]
+        conf_loss.hardened_to_0 = harden
+        probs = train.predict(classifier, TEXTS, config)
+        out[loss] = {"losses": [r["loss"] for r in log], "hardened": hardened, "probs": probs.tolist()}
+    return out
+
+
+def torchrun(*arguments: object, ranks: int = 1, node: int = 0, nodes: int = 1, port: int = 0) -> subprocess.Popen:
+    launch = ["--nproc-per-node", ranks, "--nnodes", nodes, "--node-rank", node, "--master-addr", "127.0.0.1"]
+    port = port or free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "--master-port", port, *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ended_well(*runs: subprocess.Popen) -> None:
+    for run in runs:
+        told = run.communicate(timeout=300)[0]
+        assert run.returncode == 0, told
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model):
+    return finetuned(tiny_model("qwen2"))
+
+
+@pytest.mark.parametrize("nodes, ranks", [(2, 1), (1, 4)])
+def test_finetuning_is_the_same_on_any_number_of_ranks_and_nodes(nodes, ranks, tiny_model, alone, tmp_path):
+    port = free_port()
+    arguments = (__file__, tiny_model("qwen2"), tmp_path / "out.json")
+    ended_well(*(torchrun(*arguments, ranks=ranks, node=n, nodes=nodes, port=port) for n in range(nodes)))
+    got = json.loads((tmp_path / "out.json").read_text())
+    for loss, wanted in alone.items():
+        assert got[loss]["hardened"] == wanted["hardened"]
+        for key in ("losses", "probs"):
+            assert_close(torch.tensor(got[loss][key]), torch.tensor(wanted[key]), atol=1e-5, rtol=0)
+    assert len(alone["logconf"]["hardened"]) == 8 and torch.tensor(alone["xent"]["probs"]).std() > 0.01
+
+
+def test_a_run_killed_on_two_ranks_continues_on_one_to_the_same_tables(tmp_path):
+    flags = ["run", "--preset", "smoke", "--tasks", "sciq", "--seeds", 0, "--limit-train", 16, "--limit-test", 8]
+    flags += ["--methods", "finetune", "finetune_aux", "ours", "market_making", "--out"]
+    whole = torchrun(ROOT / "w2s.py", *flags, tmp_path / "whole", ranks=2)
+    killed = torchrun(ROOT / "w2s.py", *flags, tmp_path / "killed", ranks=2)
+    begun = tmp_path / "killed/sciq/predictions/weak-debate-d0-t3-f0-s0/started.json"
+    while not begun.exists() and killed.poll() is None:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert begun.exists() and killed.wait() == -signal.SIGKILL
+    ended_well(whole, torchrun(ROOT / "w2s.py", *flags, tmp_path / "killed"))
+    for name in ("table2", "table4", "table5"):
+        assert (tmp_path / f"killed/tables/{name}.md").read_text() == (tmp_path / f"whole/tables/{name}.md").read_text()
+    files = sorted((tmp_path / "whole/sciq").glob("*/*/*/*.jsonl"))
+    assert len(files) > 20
+    for file in files:
+        other = tmp_path / "killed" / file.relative_to(tmp_path / "whole")
+        if "transcripts" in file.parts:
+            assert other.read_bytes() == file.read_bytes()
+        elif file.name != "steps.jsonl":
+            got, wanted = (torch.tensor([r["probs"] for r in read_jsonl(f)]) for f in (other, file))
+            assert_close(got, wanted, atol=1e-5, rtol=0)
+
+
+if __name__ == "__main__":
+    with distributed():
+        result = finetuned(sys.argv[1])
+        if rank() == 0:
+            with open(sys.argv[2], "w") as f:
+                json.dump(result, f)
