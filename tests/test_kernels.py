@@ -3,6 +3,8 @@
 Without a GPU the kernels run in Triton's interpreter (conftest.py), which shows neither races nor the GPU's rounding.
 """
 
+import csv
+import functools
 import os
 import subprocess
 import sys
@@ -14,9 +16,10 @@ import triton.language as tl
 from conftest import ROOT
 from torch.testing import assert_close
 
+import common
 import train
 from common import InputError, ModelSpec, device
-from kernels import conf_loss, resolve, tail
+from kernels import bench, conf_loss, resolve, tail
 
 DEVICE = device()
 pytestmark = pytest.mark.filterwarnings(
@@ -280,3 +283,52 @@ def test_a_step_has_three_launches_no_sync_the_same_bits_and_can_be_captured():
     assert sum("kernel" in e.name for e in profile.events()) == 3
     for a, b, c in zip(first, again, captured, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+# ---- the benchmark ----
+
+
+def test_the_loop_that_steps_are_measured_against_computes_the_same(samples):
+    spec, texts = ModelSpec("random-small"), [s["text"] for s in samples]
+    labels, config = train.soft_labels(samples, 2), train.TrainConfig(loss="logconf", lr=1e-2, epochs=1, batch_size=16)
+    logs = [bench.build("ours", spec).finetune(texts, labels, config)]
+    encoded = train.Classifier(spec, 2, torch.float32).encode(texts, config.max_tokens)[0]
+    logs += [bench.build(f"openai {n}", spec).finetune(encoded, labels, config) for n in (1, 16)]
+    losses = torch.tensor([[row["loss"] for row in log] for log in logs])
+    assert losses.shape == (3, 3) and (losses[0].diff().abs() > 1e-3).all()
+    assert_close(losses[1:], losses[:1].expand(2, 3), atol=1e-4, rtol=0)
+    assert [row["tokens"] for row in logs[0]] == [row["tokens"] for row in logs[1]]
+
+
+def test_peak_memory_counts_what_a_step_holds(monkeypatch):
+    """A loop that holds 64 MB more than another has a peak that much higher."""
+
+    class Holds:
+        def __init__(self, mb):
+            self.finetune = lambda: torch.ones(mb << 18, device=DEVICE).sum().item()
+
+    def above(mb):
+        monkeypatch.setattr(bench, "build", lambda provider, spec: Holds(mb))
+        return bench.peak_mb("", None, [(), ()])[1]
+
+    assert above(96) - above(32) == pytest.approx(64, abs=8)
+
+
+def test_the_table_has_a_row_a_provider_and_says_what_it_lacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "tail_rows", functools.partial(bench.tail_rows, seconds=0))
+    monkeypatch.setattr(sys, "argv", ["bench", "--rows", "T1", "T4", "T5", "--csv", str(tmp_path / "bench.csv")])
+    bench.main()
+    rows = list(csv.DictReader(open(tmp_path / "bench.csv")))
+    measured = [r for r in rows if not r["note"]]
+    assert {"eager", "openai", "eager loop"} <= {r["provider"] for r in measured}
+    assert {r["loss"] for r in measured} == set(conf_loss.MODES) and all(r["torch"] and r["commit"] for r in rows)
+    assert all(0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) for r in measured)
+    assert all(float(r["error"]) < 1e-6 and float(r["error_dh"]) < 1e-2 for r in measured)
+    said = capsys.readouterr().out
+    assert "Liger (" in said and (DEVICE.type == "cuda" or "needs a GPU" in said)
+
+
+def test_the_benchmark_refuses_too_few_samples(tmp_path, monkeypatch):
+    common.write_jsonl(tmp_path / "few.jsonl", [{"id": str(i), "text": "a"} for i in range(40)])
+    with pytest.raises(InputError, match="40 rows, 64 are needed"):
+        list(bench.step_rows(bench.Args(samples=str(tmp_path / "few.jsonl"), steps=2, rounds=1)))
