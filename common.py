@@ -286,7 +286,8 @@ class Stage:
         want, started = self.wanted(), self.folder / "started.json"
         before = read_json(self.folder / "manifest.json") or {}
         continued = read_json(started) == want or difference and difference == self.too_few(before)
-        if self.folder.exists() and any(self.folder.iterdir()) and not continued:
+        left = [p for p in self.folder.iterdir() if p.suffix != ".tmp"] if self.folder.exists() else []
+        if left and not continued:
             before, aside = {}, free_name(self.folder)
             why = "; ".join(difference or ["begun with other settings"])
             print0(f"stale: {self.folder} ({why}); the old files are now in {aside.name}")
@@ -395,14 +396,12 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last finished batch", file=sys.stderr)
         sys.exit(1)
-    except (OSError, FloatingPointError, MemoryError, RuntimeError) as e:  # of the run, not of the code
-        if isinstance(e, RuntimeError) and type(e).__name__ != "OutOfMemoryError":
-            raise
-        print(
-            "error:",
-            "; ".join([f"{e or type(e).__name__}".splitlines()[0], *getattr(e, "__notes__", [])]),
-            file=sys.stderr,
-        )
+    except Exception as e:
+        of_the_run = isinstance(e, OSError | FloatingPointError | MemoryError)
+        if not of_the_run and type(e).__name__ not in ("OutOfMemoryError", "SafetensorError"):
+            raise  # of the code
+        notes = getattr(e, "__notes__", [])
+        print("error:", "; ".join([f"{e or type(e).__name__}".splitlines()[0], *notes]), file=sys.stderr)
         sys.exit(1)
 
 

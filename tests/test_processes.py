@@ -160,7 +160,7 @@ def test_torchrun_gives_the_same_bytes(tiny_model, samples, tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", samples[:9])
     flags = ["--samples", tmp_path / "samples.jsonl", "--strong", tiny_model("llama"), "--turns", "2", "--chunk", "2"]
     flags += ["--max-new-tokens", "6", "--temperature", "1", "--show", "1", "--out", tmp_path / "out"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, ROOT / "debate.py", *flags], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"[s0] {samples[0]['text']}") == 1  # rank 0 alone speaks

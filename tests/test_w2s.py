@@ -364,7 +364,7 @@ def test_a_second_run_makes_nothing(done, capsys):
     assert f"\n0 of {len(done[1])} stages made" in "\n" + capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in done[0].folder.rglob("manifest.json")} == before
     w2s.status([done[0]])
-    assert f"{len(done[1])} done, 0 stale, 0 missing" in capsys.readouterr().out
+    assert f"{len(done[1])} done, 0 running, 0 stale, 0 missing" in capsys.readouterr().out
 
 
 def test_the_tables_have_the_papers_rows_and_numbers(done):
