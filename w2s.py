@@ -627,7 +627,7 @@ def states(experiments: list[Experiment]) -> list[dict]:
             spent.setdefault(row["like"], []).append(row["seconds"])
     for row in rows:
         like = spent.get(row.pop("like"))
-        row["expected"] = round(sum(like) / len(like), 1) if like and row["state"] != "done" else None
+        row["expected"] = sum(like) / len(like) if like and row["state"] != "done" else None
     return rows
 
 
