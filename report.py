@@ -1,238 +1,347 @@
-"""Statistics, tables and figures from predictions on disk: no model is loaded and nothing is trained.
+"""Tables and figures from predictions on disk: no model is loaded and nothing is trained.
 
-PGR, the performance gap recovered = (weak-to-strong - weak) / (ceiling - weak), is the ratio of means over seeds. Every
-interval is a 95% percentile bootstrap over seeds, then test items, in which all methods, the floor and the ceiling
-are resampled together. PGR is left blank where the ceiling's lead over the floor is not above zero in that sense.
+A row of results.jsonl is one finished run with its digest; every number of the tables is the mean of such rows, with the
+intervals and tests of stats.py. PGR is blank where the ceiling's lead over the floor is not clear of zero.
 """
 
 import csv
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
+import plots
+import stats
 from common import ROOT, by_id, read_jsonl, write_jsonl, write_text
 
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
-RESAMPLES = 2000
 
 
 def result_row(task: str, method: str, seed: int, folder: Path, run: Path, supervisor: Path | None) -> dict:
-    """Accuracy of a finished run on the test split, and what it cost. One of the two readers of train_b's gold labels."""
+    """How a finished run does on the test split, and what it cost. One of the readers of train_b's gold labels.
+
+    Of a student also how good its weak labels were, and how often it says on train_b what they say, where they are right
+    and where they are wrong.
+    """
     manifest = json.loads((run / "manifest.json").read_text())
-    correct = scored(run / "test.jsonl", folder / "data/test.jsonl")
+    probs, labels = scored(run / "test.jsonl", folder / "data/test.jsonl")
     row = {
-        "task": task, "method": method, "seed": seed, "accuracy": round(float(correct.mean()), 6),
-        "correct": int(correct.sum()), "n": len(correct), "loss": manifest["config"]["loss"],
+        "task": task, "method": method, "seed": seed, **quality(probs, labels),
+        "correct": int((probs.argmax(1) == labels).sum()), "n": len(labels), "loss": manifest["config"]["loss"],
     }  # fmt: skip
     if supervisor:
-        labels = scored(supervisor / "train_b.jsonl", folder / "data/train_b.gold.jsonl")
-        row["weak_label_accuracy"] = round(float(labels.mean()), 6)
-    return row | {
-        "config": digest_of(manifest["config"]), "inputs": digest_of(manifest["inputs"]), "commit": manifest["commit"],
-        "device": manifest["device"], "seconds": manifest["seconds"], "tokens": manifest.get("train_tokens", 0),
-        "predictions": str(run.relative_to(folder.parent) / "test.jsonl"),
+        gold = folder / "data/train_b.gold.jsonl"
+        weak, labels = scored(supervisor / "train_b.jsonl", gold)
+        student, _ = scored(run / "train_b.jsonl", gold)
+        agrees, right = student.argmax(1) == weak.argmax(1), weak.argmax(1) == labels
+        row |= {f"weak_label_{k}": v for k, v in quality(weak, labels).items()}
+        for name, where in (("right", right), ("wrong", ~right)):
+            row[f"agrees_where_{name}"] = round(float(agrees[where].mean()), 6) if where.any() else None
+    tokens, predictions = manifest.get("train_tokens", 0), str(run.relative_to(folder.parent) / "test.jsonl")
+    return row | origin(manifest) | {"tokens": tokens, "predictions": predictions}
+
+
+def origin(manifest: dict) -> dict:
+    """What a row says of where it comes from."""
+    digests = {part: digest_of(manifest[part]) for part in ("config", "inputs")}
+    return digests | {k: manifest[k] for k in ("commit", "device", "seconds")}
+
+
+def quality(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy, calibration, and how often class 1 is the likelier: 0 or 1 there is an answer that never changes."""
+    what = {
+        "accuracy": (probs.argmax(1) == labels).mean(), "brier": stats.brier(probs, labels),
+        "ece": stats.ece(probs, labels), "share_of_1": probs.argmax(1).mean(),
     }  # fmt: skip
+    return {name: round(float(x), 6) for name, x in what.items()}
 
 
 def digest_of(thing: dict) -> str:
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def scored(predictions: Path, gold: Path) -> np.ndarray:
-    """Which predictions [N] (the likelier class) equal the label, in the order of the gold file."""
+def name_of(row: dict) -> str:
+    """What numbers refer to a row by: the digest of all that it says but how long it took."""
+    return digest_of({k: v for k, v in row.items() if "seconds" not in k})
+
+
+def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [N, K] and labels [N], in the order of the gold file."""
     labels = read_jsonl(gold)
     rows = by_id(read_jsonl(predictions), [r["id"] for r in labels], str(predictions))
-    return np.array([int(np.argmax(p["probs"])) == g["label"] for p, g in zip(rows, labels, strict=True)])
+    return np.array([r["probs"] for r in rows]), np.array([r["label"] for r in labels])
 
 
-# ---- statistics ----
+def debate_row(reading: dict, out: Path) -> dict:
+    """How the debates of train_b went by the verdict of one weak model that reads them, and what they changed.
 
-
-def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
-    """Resampled accuracies [resamples] of each method from its correct answers [seeds, items].
-
-    Seeds and items are drawn with replacement, the same draw for every method: differences and ratios are paired.
+    Lengths are in tokens of the debater; the quarters are of equal size, the shortest transcripts first.
     """
-    S, N = next(iter(correct.values())).shape
-    rng = np.random.default_rng(seed)
-    items = rng.multinomial(N, np.full(N, 1 / N), size=resamples).astype(np.float32) / N  # [R, N]
-    seeds = rng.multinomial(S, np.full(S, 1 / S), size=resamples) / S  # [R, S]
-    return {name: ((items @ c.astype(np.float32).T) * seeds).sum(1) for name, c in correct.items()}
+    said, turns = read_jsonl(out / reading["transcripts"]), reading["turns"]
+    gold = out / reading["task"] / "data/train_b.gold.jsonl"
+    (before, labels), (after, _) = scored(out / reading["before"], gold), scored(out / reading["predictions"], gold)
+    said = by_id(said, [r["id"] for r in read_jsonl(gold)], reading["transcripts"])
+    length = np.array([sum(r["n_tokens"][:turns]) for r in said])
+    first = np.array([r["sides"][0] for r in said])
+    was, verdict = before.argmax(1), after.argmax(1)
+    right = verdict == labels
+    shares = {
+        "honest_wins": right, "first_speaker_wins": verdict == first, "changed": was != verdict,
+        "to_right": (was != verdict) & right, "to_wrong": (was != verdict) & ~right,
+    }  # fmt: skip
+    for n, quarter in enumerate(np.array_split(np.argsort(length, kind="stable"), 4), 1):
+        shares[f"accuracy_quarter_{n}"] = right[quarter]
+    row = {name: round(float(x.mean()), 6) if len(x) else None for name, x in shares.items()}
+    return reading | {"n": len(labels), **row, "mean_tokens": round(float(length.mean()), 3)}
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+# ---- tables ----
 
 
-def pgr(weak: float, student: float, ceiling: float) -> float:
-    """Performance gap recovered: 0 at the weak floor, 1 at the strong ceiling. Not clipped."""
-    return (student - weak) / (ceiling - weak)
+class Number(NamedTuple):
+    """A number as it is shown: its text, the field of the rows that it is the mean of, and the digests of these rows."""
+
+    text: str
+    field: str
+    rows: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def cells(correct: dict[str, np.ndarray]) -> dict[str, dict]:
-    """For each method: accuracy and PGR (None where blank), each with its interval, and the number of seeds."""
-    draws = bootstrap_means(correct)
-    out = {}
-    for name, c in correct.items():
-        out[name] = {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name]), "seeds": len(c), "pgr": None}
-        if "finetune" in correct and name != "finetune":
-            lead = float(c.mean() - correct["finetune"].mean())
-            out[name] |= {"lead": lead, "lead_ci": interval(draws[name] - draws["finetune"])}
-    if "weak_floor" in correct and "strong_ceiling" in correct:
-        weak, ceiling = draws["weak_floor"], draws["strong_ceiling"]
-        gap = interval(ceiling - weak)
-        out["strong_ceiling"] |= {
-            "gap": out["strong_ceiling"]["accuracy"] - out["weak_floor"]["accuracy"],
-            "gap_ci": gap,
-        }
-        if gap[0] > 0:
-            for name in correct.keys() - {"weak_floor", "strong_ceiling"}:
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    ratio = pgr(weak, draws[name], ceiling)
-                accuracy = [out[n]["accuracy"] for n in ("weak_floor", name, "strong_ceiling")]
-                out[name] |= {"pgr": pgr(*accuracy), "pgr_ci": interval(ratio[np.isfinite(ratio)])}
+class Part(NamedTuple):
+    """A part of a table, of one task: the heads of the columns, lines of text or Number, and what is said below."""
+
+    head: list[str]
+    lines: list[list]
+    foot: list = []
+
+
+class Table(NamedTuple):
+    """Written as tables/<name>.md and into report.html."""
+
+    name: str
+    title: str
+    parts: list[Part]
+    note: str
+
+
+def markdown(table: Table) -> str:
+    lines = [f"### {table.title}", ""]
+    for part in table.parts:
+        lines += ["| " + " | ".join(part.head) + " |", "|---" * len(part.head) + "|"]
+        lines += ["| " + " | ".join(map(str, line)) + " |" for line in part.lines]
+        lines += ["", "".join(map(str, part.foot)), ""] if part.foot else [""]
+    return "\n".join([*lines, table.note]) + "\n"
+
+
+def table_of_methods(name: str, title: str, methods: dict[str, str], summary: dict[str, dict]) -> Table:
+    """One of the paper's tables: a part a task, a row a method; ours with its interval, beside the paper's."""
+    paper, parts = json.loads((ROOT / "data/paper.json").read_text()), []
+    head = ["accuracy %", "paper", "PGR %", "paper", "minus finetune", "p", "weak labels %"]
+    for task, cells in summary.items():
+        lines = []
+        for method, label in methods.items():
+            c, theirs = cells.get(method, {}), (None, None)
+            if task in paper["tasks"] and method in paper:
+                theirs = paper[method][paper["tasks"].index(task)]
+            paper_accuracy, paper_pgr = ("" if x is None else f"{x:.1f}" for x in theirs)
+            lines.append([label, percent(c, "accuracy"), paper_accuracy, percent(c, "pgr", 0), paper_pgr])
+            p = Number(f"{c['p_holm']:.2g}", "p_holm", c["lead_rows"]) if "p_holm" in c else ""
+            lines[-1] += [percent(c, "lead"), p, percent(c, "weak_label_accuracy")]
+        ceiling, foot = cells.get("strong_ceiling", {}), []
+        if "gap" in ceiling:
+            blank = "." if ceiling["gap_ci"][0] > 0 else ": not clear of zero, so PGR is blank."
+            foot = [f"Seeds: {ceiling['seeds']}. Ceiling minus floor ", percent(ceiling, "gap"), blank]
+        flat = [methods[m] for m in methods if cells.get(m, {}).get("constant")]
+        if flat:
+            foot += [f" The same answer to every test item, in at least one seed: {', '.join(flat)}."]
+        parts.append(Part([task, *head], lines, foot))
+    note = (
+        "Accuracy on the test split, PGR and the difference from finetune: ours [95% interval over seeds and items], then "
+        "the paper's. p: exact sign-flip test of that difference on these seeds, adjusted by Holm for all methods of the "
+        "task. Weak labels: their accuracy on train_b."
+    )
+    return Table(name, title, parts, note)
+
+
+def percent(cell: dict, what: str, digits: int = 1) -> Number | str:
+    if cell.get(what) is None:
+        return ""
+    sign = "+" if what in ("lead", "gap") else ""
+    text = f"{100 * cell[what]:{sign}.{digits}f}"
+    if f"{what}_ci" in cell:
+        text += " [{}, {}]".format(*(f"{100 * x:{sign}.{digits}f}" for x in cell[f"{what}_ci"]))
+    return Number(text, what, cell.get(f"{what}_rows", cell["rows"]))
+
+
+def mean_of(rows: list[dict], fields: str, form: str = "{:.1f}", scale: float = 100) -> Number | str:
+    """The mean over rows of a field, or of the sum of `fields` ("a+b"); empty where a row has none."""
+    values = [[r.get(f) for f in fields.split("+")] for r in rows]
+    if any(v is None for value in values for v in value):
+        return ""
+    mean = sum(map(sum, values)) / len(values)
+    return Number(form.format(scale * mean), fields, tuple(r["digest"] for r in rows))
+
+
+def table_of_means(name: str, title: str, groups: dict, columns: dict[str, tuple], note: str) -> Table:
+    """`groups`: task -> name of the line -> rows; `columns`: head -> arguments of `mean_of`."""
+    parts = [
+        Part(
+            [task, *columns], [[line, *(mean_of(rows, *how) for how in columns.values())] for line, rows in of.items()]
+        )
+        for task, of in groups.items()
+    ]
+    return Table(name, title, parts, note)
+
+
+COST = {
+    "seconds, student": ("seconds", "{:.0f}", 1), "seconds, supervision": ("supervision_seconds", "{:.0f}", 1),
+    "tokens trained": ("tokens", "{:,.0f}", 1), "tokens, supervision": ("supervision_tokens", "{:,.0f}", 1),
+}  # fmt: skip
+CALIBRATION = {
+    "Brier": ("brier", "{:.3f}", 1), "ECE %": ("ece",), "says 1, %": ("share_of_1",),
+    "weak labels: Brier": ("weak_label_brier", "{:.3f}", 1), "ECE % ": ("weak_label_ece",),
+    "says 1, % ": ("weak_label_share_of_1",), "agrees where right, %": ("agrees_where_right",),
+    "agrees where wrong, %": ("agrees_where_wrong",),
+}  # fmt: skip
+DEBATES = {
+    "honest side wins %": ("honest_wins",), "first speaker wins %": ("first_speaker_wins",),
+    "verdict changed %": ("changed",), "to right %": ("to_right",), "to wrong %": ("to_wrong",),
+    "shortest quarter %": ("accuracy_quarter_1",), "second %": ("accuracy_quarter_2",),
+    "third %": ("accuracy_quarter_3",), "longest %": ("accuracy_quarter_4",), "tokens": ("mean_tokens", "{:.0f}", 1),
+}  # fmt: skip
+
+
+def grouped(rows: list[dict], line: Callable[[dict], str]) -> dict[str, dict[str, list[dict]]]:
+    """task -> name of the line -> rows."""
+    groups: dict[str, dict[str, list[dict]]] = {}
+    for row in rows:
+        groups.setdefault(row["task"], {}).setdefault(line(row), []).append(row)
+    return groups
+
+
+def tables(rows: list[dict], debates: list[dict], summary: dict, labels: dict, shown: dict) -> list[Table]:
+    """The paper's tables, then cost, calibration, and what the debates did."""
+    out = []
+    for name, title in TABLES.items():
+        methods = [m for m, places in shown.items() if name in places]
+        if name == "table2":
+            methods = ["weak_floor", *methods, "strong_ceiling"]
+        out.append(table_of_methods(name, title, {m: labels[m] for m in methods}, summary))
+    of = grouped(rows, lambda r: labels[r["method"]])
+    note = "Means over seeds, as if the method were run alone; supervision is its weak models and its share of the debates."
+    out.append(table_of_means("cost", "Cost of one seed", of, COST, note))
+    note = (
+        "Means over seeds. Brier and ECE of the probabilities on the test split and, of the weak labels, on train_b; there "
+        "also how often the student says what its weak labels say, where these are right and where they are wrong."
+    )
+    out.append(table_of_means("calibration", "Calibration, and what students imitate", of, CALIBRATION, note))
+    if debates:
+        of = grouped(debates, lambda r: f"{r['protocol'].replace('_', '-')}, {r['turns']} turns")
+        note = (
+            "Means over the weak models that read them, on train_b. The honest side wins where the verdict is the truth; "
+            "changed: from the verdict of the weak model that reads no transcript. Then the share of right verdicts by "
+            "length of the transcript, and its mean length."
+        )
+        out.append(table_of_means("debates", "What the debates did", of, DEBATES, note))
     return out
 
 
 # ---- files ----
 
 
-def write(
-    out: Path, into: Path, rows: list[dict], labels: dict[str, str], shown: dict[str, tuple[str, ...]]
-) -> list[Path]:
-    """results.jsonl, summary.json, tables and figures in `into` from what is in `out`; returns the paths.
+def summarize(out: Path, rows: list[dict]) -> dict[str, dict]:
+    """task -> method -> cell, of every method that has all seeds: stats.cells, its weak labels, and its rows' digests."""
+    seeds, summary = {row["seed"] for row in rows}, {}
+    for task, runs in grouped(rows, lambda r: r["method"]).items():
+        runs = {m: sorted(r, key=lambda x: x["seed"]) for m, r in runs.items() if {x["seed"] for x in r} == seeds}
+        correct = {}
+        for m, of in runs.items():
+            answers = [scored(out / r["predictions"], out / task / "data/test.jsonl") for r in of]
+            correct[m] = np.stack([probs.argmax(1) == labels for probs, labels in answers])
+        if not runs:
+            continue
+        summary[task] = cells = stats.cells(correct)
+        digests = {m: tuple(r["digest"] for r in of) for m, of in runs.items()}
+        bounds = [digests.get(b, ()) for b in stats.BOUNDS]
+        for m, of in runs.items():
+            cells[m] |= {"rows": digests[m], "lead_rows": digests[m] + digests.get("finetune", ())}
+            cells[m] |= {"pgr_rows": digests[m] + sum(bounds, ()), "gap_rows": sum(bounds, ())}
+            cells[m]["constant"] = any(r["share_of_1"] in (0, 1) for r in of)
+            if "weak_label_accuracy" in of[0]:
+                cells[m]["weak_label_accuracy"] = float(np.mean([r["weak_label_accuracy"] for r in of]))
+    return summary
 
-    `labels`: method -> the name of its row; `shown`: method -> its places, "table2" or "figure2:3".
+
+class Report(NamedTuple):
+    """All that is shown. `points`: figure -> task -> x -> method; `labels`: method -> the name of its row."""
+
+    rows: list[dict]
+    debates: list[dict]
+    summary: dict[str, dict]
+    tables: list[Table]
+    points: dict[str, dict]
+    labels: dict[str, str]
+
+
+def collect(
+    out: Path, rows: list[dict], readings: list[dict], labels: dict[str, str], shown: dict[str, tuple]
+) -> Report:
+    """From the rows of `result_row`, the weak models that read debates (Experiment.readings), and the predictions in `out`.
+
+    `shown`: method -> its places, "table2" or "figure2:3".
     """
-    write_jsonl(into / "results.jsonl", rows)
-    seeds = {row["seed"] for row in rows}
-    summary: dict[str, dict] = {}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        gold = out / task / "data/test.jsonl"
-        runs: dict[str, dict[int, dict]] = {}
-        for row in rows:
-            if row["task"] == task:
-                runs.setdefault(row["method"], {})[row["seed"]] = row
-        complete = {m: r for m, r in runs.items() if r.keys() == seeds}
-        if complete:
-            correct = {
-                m: np.stack([scored(out / r[s]["predictions"], gold) for s in sorted(r)]) for m, r in complete.items()
-            }
-            summary[task] = cells(correct)
-            for m, r in complete.items():
-                if "weak_label_accuracy" in r[min(r)]:
-                    summary[task][m]["weak_label_accuracy"] = float(
-                        np.mean([x["weak_label_accuracy"] for x in r.values()])
-                    )
-    write_text(into / "summary.json", json.dumps(summary, indent=1) + "\n")
-    paths = [into / "results.jsonl", into / "summary.json"]
-    for name, title in TABLES.items():
-        methods = [m for m, places in shown.items() if name in places]
-        if name == "table2":
-            methods = ["weak_floor", *methods, "strong_ceiling"]
-        paths.append(into / f"tables/{name}.md")
-        write_text(paths[-1], table(title, {m: labels[m] for m in methods}, summary))
-    paths.append(into / "cost.md")
-    write_text(paths[-1], cost(rows, labels))
+    rows, debates = (
+        [row | {"digest": name_of(row)} for row in of] for of in (rows, [debate_row(r, out) for r in readings])
+    )
+    summary = summarize(out, rows)
+    points = {name: points_of(name, shown, summary) for name in FIGURES}
+    return Report(rows, debates, summary, tables(rows, debates, summary, labels, shown), points, labels)
+
+
+def write(made: Report, into: Path) -> list[Path]:
+    """results.jsonl, debates.jsonl, summary.json, tables and figures in `into`; returns the paths."""
+    paths = [into / name for name in ("results.jsonl", "debates.jsonl", "summary.json")]
+    write_jsonl(paths[0], made.rows)
+    write_jsonl(paths[1], made.debates)
+    write_text(paths[2], json.dumps(made.summary, indent=1) + "\n")
+    for table in made.tables:
+        paths.append(into / f"tables/{table.name}.md")
+        write_text(paths[-1], markdown(table))
     for name, axis in FIGURES.items():
-        points = {int(p.split(":")[1]): m for m, places in shown.items() for p in places if p.startswith(f"{name}:")}
-        paths += figure(into / "figures", name, axis, dict(sorted(points.items())), labels, summary)
+        paths += figure(into / "figures", name, axis, made.points[name], made.labels, made.summary)
     return paths
 
 
-def table(title: str, methods: dict[str, str], summary: dict[str, dict]) -> str:
-    """Markdown: a part a task, a row a method; ours with its 95% interval, beside the paper's where it has one."""
-    paper = json.loads((ROOT / "data/paper.json").read_text())
-    lines = [f"### {title}", ""]
-    for task, cell in summary.items():
-        lines += [
-            f"| {task} | accuracy % | paper | PGR % | paper | minus finetune | weak labels % |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for method, label in methods.items():
-            c, theirs = cell.get(method), (None, None)
-            if task in paper["tasks"] and method in paper:
-                theirs = paper[method][paper["tasks"].index(task)]
-            paper_accuracy, paper_pgr = ("" if x is None else f"{x:.1f}" for x in theirs)
-            row = [label, percent(c, "accuracy"), paper_accuracy, percent(c, "pgr", 0), paper_pgr]
-            row.append(percent(c, "lead"))
-            row.append(f"{100 * c['weak_label_accuracy']:.1f}" if c and "weak_label_accuracy" in c else "")
-            lines.append("| " + " | ".join(row) + " |")
-        gap = cell.get("strong_ceiling", {}).get("gap_ci")
-        if gap:
-            blank = "." if gap[0] > 0 else ": not clear of zero, so PGR is blank."
-            lead = 100 * cell["strong_ceiling"]["gap"]
-            seeds = cell["strong_ceiling"]["seeds"]
-            lines += [
-                "",
-                f"Seeds: {seeds}. Ceiling minus floor {lead:+.1f} [{100 * gap[0]:+.1f}, {100 * gap[1]:+.1f}]{blank}",
-            ]
-        lines.append("")
-    note = (
-        "Accuracy on the test split, PGR and the difference from finetune: ours [95% interval over seeds and items], then "
-        "the paper's. Weak labels: their accuracy on train_b."
-    )
-    return "\n".join([*lines, note]) + "\n"
+def points_of(name: str, shown: dict, summary: dict) -> dict[str, dict[int, str]]:
+    """task -> x -> method: the points of a figure, where there are others than our own setting's."""
+    points = {int(p.split(":")[1]): m for m, places in shown.items() for p in places if p.startswith(f"{name}:")}
+    found = {t: {x: m for x, m in sorted(points.items()) if m in cells} for t, cells in summary.items()}
+    return {t: of for t, of in found.items() if set(of.values()) - {"ours"}}
 
 
-def cost(rows: list[dict], labels: dict[str, str]) -> str:
-    """Markdown: what each method cost in the mean over seeds, if it were run alone."""
-    lines = ["### Cost of one seed, from debates to predictions", ""]
-    lines += [
-        "| task | method | seconds, student | seconds, supervision | tokens trained or generated |",
-        "|---|---|---|---|---|",
-    ]
-    for task, method in dict.fromkeys((r["task"], r["method"]) for r in rows):
-        of = [r for r in rows if (r["task"], r["method"]) == (task, method)]
-        student, labelling = (sum(r.get(k, 0) for r in of) / len(of) for k in ("seconds", "supervision_seconds"))
-        tokens = sum(r["tokens"] + r.get("supervision_tokens", 0) for r in of) / len(of)
-        lines.append(f"| {task} | {labels[method]} | {student:.0f} | {labelling:.0f} | {tokens:,.0f} |")
-    return "\n".join(lines) + "\n"
-
-
-def percent(cell: dict | None, what: str, digits: int = 1) -> str:
-    if not cell or cell.get(what) is None:
-        return ""
-    low, high = cell[f"{what}_ci"]
-    sign = "+" if what == "lead" else ""
-    return f"{100 * cell[what]:{sign}.{digits}f} [{100 * low:{sign}.{digits}f}, {100 * high:{sign}.{digits}f}]"
-
-
-def figure(folder: Path, name: str, axis: str, points: dict[int, str], labels: dict, summary: dict) -> list[Path]:
-    """Accuracy against `axis`, a panel a task, floor and ceiling as lines: a CSV and a PNG. Nothing without points."""
-    tasks = [t for t, cell in summary.items() if any(m in cell for m in points.values() if m != "ours")]
-    if not tasks:
+def figure(folder: Path, name: str, axis: str, points: dict, labels: dict, summary: dict) -> list[Path]:
+    """Accuracy against `axis`, a panel a task: a CSV and a PNG. Nothing without points."""
+    if not points:
         return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["task", axis.replace(" ", "_"), "method", "accuracy", "low", "high", "seeds"])
-    fig, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.4), squeeze=False, layout="constrained")
-    for ax, task in zip(axes[0], tasks, strict=True):
-        cell = summary[task]
-        found = [(x, m, cell[m]) for x, m in points.items() if m in cell]
-        for x, m, c in found:
-            rows.writerow([task, x, m, *(f"{v:.6f}" for v in (c["accuracy"], *c["accuracy_ci"])), c["seeds"]])
-        x, y = [f[0] for f in found], np.array([100 * f[2]["accuracy"] for f in found])
-        ci = 100 * np.array([f[2]["accuracy_ci"] for f in found]).T
-        ax.errorbar(
-            x, y, yerr=np.maximum([y - ci[0], ci[1] - y], 0), marker="o", capsize=3, color="#2b6cb0", label="ours"
-        )
-        for m, style in (("weak_floor", ":"), ("finetune", "--"), ("strong_ceiling", "-.")):
-            if m in cell:
-                ax.axhline(100 * cell[m]["accuracy"], ls=style, lw=1, color="#777777", label=labels[m])
-        ax.set(title=task, xlabel=axis, ylabel="accuracy %", xticks=x)
-        ax.legend(fontsize=7)
+    csv_rows = csv.writer(text, lineterminator="\n")
+    csv_rows.writerow(["task", axis.replace(" ", "_"), "method", "accuracy", "low", "high", "seeds"])
+    fig = Figure(figsize=(4.5 * len(points), 3.4), layout="constrained")
+    for ax, (task, of) in zip(fig.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
+        cells = summary[task]
+        for x, m in of.items():
+            numbers = (cells[m]["accuracy"], *cells[m]["accuracy_ci"])
+            csv_rows.writerow([task, x, m, *(f"{v:.6f}" for v in numbers), cells[m]["seeds"]])
+        plots.points(ax, axis, of, cells, labels)
+        ax.set_title(task)
     write_text(folder / f"{name}.csv", text.getvalue())
     fig.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
-    plt.close(fig)
     return [folder / f"{name}.csv", folder / f"{name}.png"]

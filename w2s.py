@@ -9,7 +9,7 @@
 The method, each step a function below: the strong model debates every training sample (`debates`); weak models are
 finetuned on ground truth with the transcripts as context (`train_members`); their soft labels on the other half are
 averaged (`label_with_ensemble`); the strong model is finetuned on those (`train_student`) and scored between the weak
-floor and the strong ceiling (`pgr`, in report.py). Every step is a stage: done once, skipped while nothing that it
+floor and the strong ceiling (`pgr`, in stats.py). Every step is a stage: done once, skipped while nothing that it
 depends on has changed, continued when it was killed.
 """
 
@@ -25,8 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import data.prepare
+import page
 import plan as estimate
 import report
+import stats
 from common import (
     ROOT,
     InputError,
@@ -47,6 +49,7 @@ from common import (
     resolve_dtype,
     run_script,
     write_jsonl,
+    write_text,
 )
 from kernels import CHOICES, resolve
 
@@ -100,7 +103,7 @@ METHODS = {
     "turns_5": Method("5 turns", "debate", FOUR, ("figure3:5",), turns=5),
     "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
 }
-BOUNDS = {"weak_floor": "weak performance", "strong_ceiling": "strong ceiling"}
+BOUNDS = dict(zip(stats.BOUNDS, ("weak performance", "strong ceiling"), strict=True))
 FIGURE_METHODS = tuple(n for n, m in METHODS.items() if all(s.startswith("figure") for s in m.shown))
 FIGURE_TASKS = ("sciq", "anthropic_hh", "facts", "places")  # the paper draws its figures for the first two
 
@@ -273,7 +276,7 @@ class Experiment:
                     speaker = functools.partial(debater, self.strong, settings)
                     new = debate.make_transcripts(speaker, self.task, protocol, rows, files, n, settings.chunk, choose)
                     cost = {k: cost.get(k, 0) + v for k, v in new.items()}
-            return cost
+            return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in turns}}
 
         asked = {str(k): n for k, n in turns.items()}
         wording = {"wording": self.wording(protocol), "form": form}
@@ -490,16 +493,41 @@ class Experiment:
                     row = report.result_row(self.task, name, seed, self.folder, stage.folder, supervisor)
                     yield row | (self.supervision_cost(METHODS[name], seed) if supervisor else {})
 
+    def readings(self) -> Iterator[dict]:
+        """The weak models that are done and read debates: where their transcripts and probabilities on train_b are,
+        and those of the weak floor, which read none."""
+        from debate import PROMPTS
+
+        seen, out = set(), Path(self.config.out)
+        methods = [METHODS[n] for n in METHODS if n in self.config.methods]
+        for seed in self.config.seeds:
+            before = self.weak_floor(seed).folder / "train_b.jsonl"
+            for m in methods:
+                for (k, j), stage in zip(m.members, self.train_members(m, seed), strict=True):
+                    said = self.folder / f"transcripts/{m.context}/seed{k}/train_b.jsonl"
+                    manifest = read_json(stage.folder / "manifest.json")
+                    if manifest and said.exists() and before.exists() and stage.folder not in seen:
+                        seen.add(stage.folder)
+                        yield {
+                            "task": self.task, "protocol": m.context, "turns": m.turns, "debate_seed": k,
+                            "finetune_seed": j, "seed": seed, "sides": PROMPTS[self.task].sides,
+                            **report.origin(manifest),
+                            "transcripts": str(said.relative_to(out)), "before": str(before.relative_to(out)),
+                            "predictions": str((stage.folder / "train_b.jsonl").relative_to(out)),
+                        }  # fmt: skip
+
     def supervision_cost(self, method: Method, seed: int) -> dict:
         """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
         members = [read_json(m.folder / "manifest.json") or {} for m in self.train_members(method, seed)]
         debates = read_json(self.folder / "transcripts" / method.context / "manifest.json") or {}
         samples = sum(len(read_jsonl(self.file(f"{part}.jsonl"))) for part in ("train_a", "train_b"))
-        turns = samples * method.turns * len({k for k, _ in method.members})
+        seeds = {k for k, _ in method.members}
+        turns = samples * method.turns * len(seeds)
         share = turns / debates["turns"] if debates else 0
         seconds = sum(m.get("seconds", 0) for m in members) + share * debates.get("seconds", 0)
-        tokens = sum(m.get("train_tokens", 0) for m in members) + share * debates.get("new_tokens", 0)
-        return {"supervision_seconds": round(seconds, 3), "supervision_tokens": round(tokens)}
+        said = sum(sum(debates["tokens"][str(k)][: method.turns]) for k in seeds) if debates else 0
+        tokens = sum(m.get("train_tokens", 0) for m in members) + said
+        return {"supervision_seconds": round(seconds, 3), "supervision_tokens": tokens}
 
 
 def results_folder(config: Config) -> Path:
@@ -510,6 +538,12 @@ def joined(texts: Path, labels: Path) -> list[dict]:
     """Samples with their labels from another file, matched by id."""
     rows = read_jsonl(texts)
     return [r | y for r, y in zip(rows, by_id(read_jsonl(labels), [r["id"] for r in rows], str(labels)), strict=True)]
+
+
+def tokens_by_turn(folder: Path) -> list[int]:
+    """Of all transcripts of a debate seed, how many tokens each turn has."""
+    rows = [r["n_tokens"] for path in sorted(folder.glob("*.jsonl")) for r in read_jsonl(path)]
+    return [sum(turn) for turn in zip(*rows, strict=True)]
 
 
 def beginning(path: Path, turns: int) -> str:
@@ -602,10 +636,15 @@ def write_report(experiments: list[Experiment]) -> None:
     labels = BOUNDS | {n: m.label for n, m in METHODS.items()}
     shown = {n: m.shown for n, m in METHODS.items()}
     into = results_folder(experiments[0].config)
-    for path in report.write(out, into, rows, labels, shown):
+    readings = [reading for e in experiments for reading in e.readings()]
+    made = report.collect(out, rows, readings, labels, shown)
+    paths = [*report.write(made, into), into / "report.html"]
+    write_text(paths[-1], page.build(made, out, into))
+    for path in paths:
+        if path.suffix == ".md":
+            print0(path.read_text())
+    for path in paths:
         print0(f"wrote {path}")
-    for table in [*sorted((into / "tables").glob("*.md")), into / "cost.md"]:
-        print0("\n" + table.read_text())
 
 
 def states(experiments: list[Experiment]) -> list[dict]:

@@ -59,7 +59,7 @@ def products(out: Path) -> dict[str, bytes]:
         if name.endswith("manifest.json"):
             m = json.loads(files[name])
             files[name] = json.dumps([m["config"], m["inputs"], m["outputs"], m["at_least"]]).encode()
-        elif name.endswith(("steps.jsonl", "results.jsonl", "cost.md", ".lock")):
+        elif name.endswith(("steps.jsonl", "results.jsonl", "debates.jsonl", "cost.md", "report.html", ".lock")):
             del files[name]
     return files
 

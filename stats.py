@@ -1,0 +1,107 @@
+"""Statistics of predictions: intervals, tests and calibration, in numpy.
+
+`correct` is a boolean array [S, N] throughout: whether replicate s answers test item n rightly. All methods of a task
+have the same items and the same seeds, so differences and ratios are paired.
+"""
+
+import numpy as np
+
+BOUNDS = ("weak_floor", "strong_ceiling")
+RESAMPLES = 2000
+
+
+def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+    """Resampled accuracies [resamples] of each method from its correct answers [S, N].
+
+    Seeds and items are drawn with replacement, independently, the same draw for every method. What it covers: 95% with
+    five seeds of the usual spread, too little with two or three seeds that differ much, too much where they hardly
+    differ (LOG.md, tests/test_stats.py).
+    """
+    S, N = next(iter(correct.values())).shape
+    rng = np.random.default_rng(seed)
+    items = np.stack([np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(resamples)], dtype=np.float32)
+    seeds = rng.multinomial(S, np.full(S, 1 / S), size=resamples) / S  # [R, S]
+    return {name: ((items @ (c / N).astype(np.float32).T) * seeds).sum(1) for name, c in correct.items()}
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """95% percentile interval."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def pgr(weak: float, student: float, ceiling: float) -> float:
+    """Performance gap recovered: 0 at the weak floor, 1 at the strong ceiling. Not clipped."""
+    return (student - weak) / (ceiling - weak)
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Two-sided exact p of `differences` [N] (integers, one an item) under random signs: one seed gives McNemar's test.
+
+    The sum of +-d_n has the characteristic function prod_n cos(t d_n); its inverse transform is the distribution.
+    The seeds are taken as they are: what another seed would change is in the intervals, not in this p.
+    """
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    total = int((sizes * counts).sum())
+    L = 2 * total + 2
+    t = 2 * np.pi * np.arange(L // 2 + 1) / L
+    phi = np.prod(np.cos(np.outer(sizes, t)) ** counts[:, None], axis=0)
+    pmf = np.fft.irfft(phi, L)  # of the sum modulo L: [0, total], then [-total, -1]
+    observed = abs(int(differences.sum()))
+    return float(np.clip(2 * pmf[observed : total + 1].sum() if observed else 1.0, 0, 1))
+
+
+def holm(ps: dict[str, float]) -> dict[str, float]:
+    """p-values adjusted for their number by Holm's step-down rule."""
+    adjusted, highest = {}, 0.0
+    for i, (name, p) in enumerate(sorted(ps.items(), key=lambda item: item[1])):
+        highest = adjusted[name] = max(highest, min(1.0, p * (len(ps) - i)))
+    return adjusted
+
+
+def brier(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Mean squared error of the probability of class 1, from probs [N, 2] and labels [N]. 0.25 knows nothing."""
+    return float(np.mean((probs[:, 1] - labels) ** 2))
+
+
+def reliability(probs: np.ndarray, labels: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, count) in each filled bin of equal width of the likelier class's probability."""
+    confidence, hit = probs.max(1), probs.argmax(1) == labels
+    of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    filled = [of == b for b in range(bins) if (of == b).any()]
+    return [(float(confidence[f].mean()), float(hit[f].mean()), int(f.sum())) for f in filled]
+
+
+def ece(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error: the mean distance of accuracy from confidence over the bins of `reliability`."""
+    return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in reliability(probs, labels)) / len(labels)
+
+
+def cells(correct: dict[str, np.ndarray]) -> dict[str, dict]:
+    """For each method accuracy, lead over plain finetuning (with its p, and p adjusted by Holm) and PGR, each with its
+    interval, and the number of seeds.
+
+    PGR is the ratio of means over seeds, (student - weak) / (ceiling - weak); floor, student and ceiling are resampled
+    together. It is None where the interval of ceiling - floor reaches zero.
+    """
+    draws = bootstrap_means(correct)
+    out = {}
+    for name, c in correct.items():
+        out[name] = {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name]), "seeds": len(c), "pgr": None}
+        if "finetune" in correct and name != "finetune":
+            lead = float(c.mean() - correct["finetune"].mean())
+            out[name] |= {"lead": lead, "lead_ci": interval(draws[name] - draws["finetune"])}
+            out[name]["p"] = sign_flip_p(c.sum(0, dtype=int) - correct["finetune"].sum(0, dtype=int))
+    for name, p in holm({n: c["p"] for n, c in out.items() if "p" in c and n not in BOUNDS}).items():
+        out[name]["p_holm"] = p
+    if correct.keys() >= set(BOUNDS):
+        weak, ceiling = (draws[b] for b in BOUNDS)
+        gap = interval(ceiling - weak)
+        lead = out["strong_ceiling"]["accuracy"] - out["weak_floor"]["accuracy"]
+        out["strong_ceiling"] |= {"gap": lead, "gap_ci": gap}
+        for name in correct.keys() - set(BOUNDS) if gap[0] > 0 else ():
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio = pgr(weak, draws[name], ceiling)
+            accuracy = [out[n]["accuracy"] for n in ("weak_floor", name, "strong_ceiling")]
+            out[name] |= {"pgr": pgr(*accuracy), "pgr_ci": interval(ratio[np.isfinite(ratio)])}
+    return out

@@ -1,0 +1,161 @@
+"""stats.py against scipy and statsmodels, by hand, and by simulated studies whose truth is known."""
+
+import math
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, permutation_test
+from statsmodels.stats.multitest import multipletests
+
+import report
+import stats
+
+
+def test_pgr_by_hand():
+    assert stats.pgr(0.6, 0.75, 0.9) == pytest.approx(0.5)
+    assert stats.pgr(0.6, 0.6, 0.9) == 0 and stats.pgr(0.6, 0.9, 0.9) == 1
+    assert stats.pgr(0.6, 0.5, 0.9) == pytest.approx(-1 / 3)
+
+
+def answers(accuracy: float, n: int = 2000, seeds: int = 1) -> np.ndarray:
+    return np.tile(np.arange(n) < round(accuracy * n), (seeds, 1))
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_bootstrap_interval_over_items_is_near_the_analytic_one(seeds):
+    draws = stats.bootstrap_means({"m": answers(0.8, seeds=seeds)})["m"]  # seeds that agree add nothing
+    half = 1.96 * math.sqrt(0.8 * 0.2 / 2000)
+    assert stats.interval(draws) == pytest.approx((0.8 - half, 0.8 + half), abs=0.1 * half)
+
+
+def test_bootstrap_draws_seeds_too():
+    correct = np.repeat(np.array([[1], [1], [1], [0], [0]]), 50, axis=1)
+    draws = stats.bootstrap_means({"m": correct})["m"]
+    assert stats.interval(draws) == pytest.approx((0.2, 1.0))  # quantiles of a binomial of 5 draws at 0.6
+    assert draws.std() == pytest.approx(math.sqrt(0.6 * 0.4 / 5), rel=0.05)
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    finetune = rng.random((2, 500)) < 0.7
+    cells = stats.cells({"finetune": finetune, "same": finetune.copy(), "better": finetune | (np.arange(500) < 50)})
+    assert cells["same"]["lead"] == 0 and cells["same"]["lead_ci"] == (0, 0)
+    low, high = cells["better"]["lead_ci"]
+    assert 0 < low < cells["better"]["lead"] < high < 0.1
+
+
+def test_pgr_is_there_where_the_ceiling_clears_the_floor():
+    cells = stats.cells({"weak_floor": answers(0.6), "ours": answers(0.75), "strong_ceiling": answers(0.9)})
+    low, high = cells["ours"]["pgr_ci"]
+    assert cells["ours"]["pgr"] == pytest.approx(0.5) and 0.4 < low < 0.5 < high < 0.6
+    assert cells["strong_ceiling"]["gap"] == pytest.approx(0.3) and cells["weak_floor"]["pgr"] is None
+
+
+@pytest.mark.parametrize("ceiling", [answers(0.5), answers(0.6), answers(0.601)[:, ::-1]])
+def test_pgr_is_blank_where_the_ceiling_does_not_clear_the_floor(ceiling):
+    cells = stats.cells({"weak_floor": answers(0.6), "ours": answers(0.75), "strong_ceiling": ceiling})
+    assert cells["strong_ceiling"]["gap_ci"][0] <= 0
+    assert cells["ours"]["pgr"] is None and report.percent(cells["ours"] | {"rows": ()}, "pgr") == ""
+    assert report.percent(cells["ours"] | {"rows": ()}, "accuracy").text.startswith("75.0 [")
+
+
+# ---- tests ----
+
+
+@pytest.mark.parametrize("gains, losses", [(12, 3), (3, 12), (5, 5), (30, 18), (1, 0), (0, 0), (700, 650)])
+def test_one_seed_gives_mcnemars_exact_test(gains, losses):
+    differences = np.array([1] * gains + [-1] * losses + [0] * 40)
+    exact = binomtest(gains, gains + losses, 0.5).pvalue if gains + losses else 1.0
+    assert stats.sign_flip_p(differences) == pytest.approx(exact, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_several_seeds_give_the_exact_permutation_test(seed):
+    rng = np.random.default_rng(seed)
+    differences = rng.integers(-3, 5, size=12)
+    exact = permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=10**6)
+    assert stats.sign_flip_p(differences) == pytest.approx(exact.pvalue, abs=1e-9)
+
+
+@pytest.mark.parametrize("ps", [[0.01, 0.04, 0.03, 0.005], [0.2, 0.9, 0.5], [0.01] * 5, [0.0, 1.0]])
+def test_holm_is_statsmodels(ps):
+    adjusted = stats.holm({str(n): p for n, p in enumerate(ps)})
+    assert [adjusted[str(n)] for n in range(len(ps))] == pytest.approx(multipletests(ps, method="holm")[1])
+
+
+# ---- calibration ----
+
+
+def test_calibration_by_hand():
+    probs = np.array([[0.1, 0.9], [0.12, 0.88], [0.4, 0.6], [0.7, 0.3]])
+    labels = np.array([1, 0, 1, 0])
+    assert stats.brier(probs, labels) == pytest.approx((0.01 + 0.88**2 + 0.16 + 0.09) / 4)
+    assert stats.reliability(probs, labels) == [
+        (pytest.approx(0.6), 1.0, 1), (pytest.approx(0.7), 1.0, 1), (pytest.approx(0.88), 0.0, 1), (pytest.approx(0.9), 1.0, 1),
+    ]  # fmt: skip
+    assert stats.ece(probs, labels) == pytest.approx((0.4 + 0.3 + 0.88 + 0.1) / 4)
+
+
+def test_calibration_sees_who_knows_what_it_knows():
+    rng = np.random.default_rng(0)
+    p = rng.random(200_000)
+    labels = (rng.random(p.size) < p).astype(int)
+    honest, bold = (np.stack([1 - q, q], 1) for q in (p, np.clip(1.6 * p - 0.3, 0, 1)))
+    assert stats.ece(honest, labels) < 0.005 and stats.ece(bold, labels) > 0.09
+    assert stats.brier(honest, labels) == pytest.approx(1 / 6, abs=0.002) and stats.brier(bold, labels) > 1 / 6
+
+
+# ---- simulated studies ----
+
+
+SPREAD = {"item": 1.5, "method on item": 0.8, "seed": 0.15, "seed on item": 0.6}  # in logits
+
+
+def study(rng, logits: dict[str, float], S: int = 5, N: int = 1000) -> dict[str, np.ndarray]:
+    """Right answers [S, N] of methods that share hard and easy items; replicates are lucky or not."""
+    item = rng.normal(0, SPREAD["item"], N)
+    out = {}
+    for name, mean in logits.items():
+        own, luck = rng.normal(0, SPREAD["method on item"], N), rng.normal(0, SPREAD["seed"], (S, 1))
+        chance = 1 / (1 + np.exp(-(mean + item + own + luck + rng.normal(0, SPREAD["seed on item"], (S, N)))))
+        out[name] = rng.random((S, N)) < chance
+    return out
+
+
+def true_accuracy(logit: float) -> float:
+    """The accuracy over all seeds and items: the mean of a logistic function of a normal variable, by quadrature."""
+    x, w = np.polynomial.hermite_e.hermegauss(60)
+    sd = math.sqrt(sum(s**2 for s in SPREAD.values()))
+    return float((w / (1 + np.exp(-(logit + sd * x)))).sum() / w.sum())
+
+
+def test_the_interval_of_pgr_covers_the_truth_in_93_to_97_percent_of_studies(monkeypatch):
+    monkeypatch.setattr(stats.bootstrap_means, "__defaults__", (500, 0))
+    logits, rng = {"weak_floor": 1.0, "finetune": 1.3, "ours": 1.6, "strong_ceiling": 2.2}, np.random.default_rng(1)
+    truth = stats.pgr(*(true_accuracy(logits[m]) for m in ("weak_floor", "ours", "strong_ceiling")))
+    lead = true_accuracy(logits["ours"]) - true_accuracy(logits["finetune"])
+    covered = {"pgr": 0, "lead": 0}
+    for _ in range(500):
+        ours = stats.cells(study(rng, logits))["ours"]
+        covered["pgr"] += ours["pgr"] is not None and ours["pgr_ci"][0] <= truth <= ours["pgr_ci"][1]
+        covered["lead"] += ours["lead_ci"][0] <= lead <= ours["lead_ci"][1]
+    assert 0.93 <= covered["pgr"] / 500 <= 0.97 and 0.93 <= covered["lead"] / 500 <= 0.98
+
+
+def test_pgr_is_claimed_in_under_5_percent_of_studies_without_a_gap(monkeypatch):
+    monkeypatch.setattr(stats.bootstrap_means, "__defaults__", (500, 0))
+    rng = np.random.default_rng(2)
+    logits = {"weak_floor": 1.3, "ours": 1.4, "strong_ceiling": 1.3}
+    claims = sum(stats.cells(study(rng, logits, 3, 300))["ours"]["pgr"] is not None for _ in range(500))
+    assert claims / 500 < 0.05
+
+
+def test_the_largest_study_is_quick_and_small():
+    tracemalloc.start()
+    start = time.perf_counter()
+    correct = {f"m{i}": np.zeros((10, 10_000), bool) | (np.arange(10_000) % 16 < i) for i in range(16)}
+    stats.cells(correct)
+    assert time.perf_counter() - start < 20 and tracemalloc.get_traced_memory()[1] < 1e9
+    tracemalloc.stop()
