@@ -320,6 +320,60 @@ def write(made: Report, into: Path) -> list[Path]:
     return paths
 
 
+CARD = """---
+configs:
+- config_name: predictions
+  data_files:
+  - {split: test, path: "*/predictions/*/test.jsonl"}
+  - {split: train_b, path: "*/predictions/*/train_b.jsonl"}
+- config_name: weak_labels
+  data_files: "*/weak_labels/*/*/train_b.jsonl"
+- config_name: transcripts
+  data_files:
+  - {split: train_a, path: "*/transcripts/*/*/train_a.jsonl"}
+  - {split: train_b, path: "*/transcripts/*/*/train_b.jsonl"}
+- config_name: samples
+  data_files:
+  - {split: train_a, path: "*/data/train_a.jsonl"}
+  - {split: test, path: "*/data/test.jsonl"}
+- config_name: results
+  data_files: results.jsonl
+- config_name: debates
+  data_files: debates.jsonl
+---
+# A run of *Debate Helps Weak-to-Strong Generalization*
+
+"""
+
+
+def card(made: Report) -> str:
+    """README.md of the results: what is in which file, and how `datasets` reads it."""
+    tasks = {r["task"]: r["n"] for r in made.rows}
+    return (
+        CARD + f"Tasks (test items): {', '.join(f'{t} ({n:,})' for t, n in tasks.items())}. Commits: "
+        f"{', '.join(sorted({r['commit'] for r in made.rows}))}. Open report.html first.\n\n"
+        '`datasets.load_dataset(FOLDER, "predictions")` reads all of one kind, `load_dataset("json", data_files=FILE)` one file: '
+        "`samples` (id, text, label), `transcripts` (id, the side and text of each turn, n_tokens), `weak_labels` and "
+        "`predictions` (id, probs). A file's folder says the task, the protocol and debate seed, or the run. Beside each run's "
+        "predictions steps.jsonl has the metrics of every step and manifest.json its settings. Transcripts are what a language "
+        "model said for a side that it was given: half of them argue for what is false. The samples keep their sources' licences.\n"
+    )
+
+
+def write_tensorboard(made: Report, out: Path, into: Path) -> None:
+    """The steps of every run that is not there yet."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for row in made.rows:
+        run = (out / row["predictions"]).parent
+        folder = into / row["task"] / f"{run.name}-{row['digest']}"
+        if (run / "steps.jsonl").exists() and not folder.exists():
+            with SummaryWriter(folder) as writer:
+                for step in read_jsonl(run / "steps.jsonl"):
+                    for name in step.keys() - {"step"}:
+                        writer.add_scalar(name, step[name], step["step"])
+
+
 def points_of(name: str, shown: dict, summary: dict) -> dict[str, dict[int, str]]:
     """task -> x -> method: the points of a figure, where there are others than our own setting's."""
     points = {int(p.split(":")[1]): m for m, places in shown.items() for p in places if p.startswith(f"{name}:")}

@@ -44,6 +44,7 @@ from common import (
     stable_hash,
     world_size,
     write_jsonl,
+    write_text,
 )
 from kernels import CHOICES, resolve
 from kernels.conf_loss import MODES, conf_loss, cross_entropy, logconf_target, product_target
@@ -605,7 +606,7 @@ def main() -> None:
     cost = finetune(classifier, [r["text"] for r in train], labels, config)
     probs = predict(classifier, [r["text"] for r in test], config)
     if args.keep_model:
-        save_model(classifier, out / "model")
+        save_model(classifier, out / "model", config, Path(args.train).name)
     if rank() == 0:
         write_jsonl(out / "steps.jsonl", cost.pop("log"))
         write_jsonl(out / "predictions.jsonl", prediction_rows(test, probs))
@@ -618,8 +619,8 @@ def prediction_rows(rows: list[dict], probs: Tensor) -> list[dict]:
     return [{"id": r["id"], "probs": [round(x, 7) for x in p.tolist()]} for r, p in zip(rows, probs, strict=True)]
 
 
-def save_model(classifier: Classifier, folder: Path) -> None:
-    """An ordinary Hugging Face folder, loadable by AutoModelForSequenceClassification; written by rank 0."""
+def save_model(classifier: Classifier, folder: Path, config: TrainConfig, trained_on: str) -> None:
+    """An ordinary Hugging Face folder with a model card, loadable by AutoModelForSequenceClassification; by rank 0."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -627,6 +628,27 @@ def save_model(classifier: Classifier, folder: Path) -> None:
     if rank() == 0:
         classifier.model.save_pretrained(folder, state_dict=weights)
         classifier.tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", model_card(classifier.spec, config, trained_on))
+
+
+def model_card(spec: ModelSpec, config: TrainConfig, trained_on: str) -> str:
+    blocks = f", its first {spec.layers} blocks" if spec.layers else ""
+    settings = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+---
+# Finetuned on {trained_on}
+
+{Path(spec.name).name}{blocks}, finetuned as a whole with a bias-free two-way head on the last token. Class 1 is the probability that the
+text shown is right, or preferred. Loaded with `dtype=torch.float32` it gives the probabilities recorded in the folder above, to
+the rounding of {config.dtype}. Made by an experiment in weak-to-strong generalization: its labels may be those
+of a weak model, and nothing but the experiment's own test split has been looked at.
+
+| setting | value |
+|---|---|
+{settings}
+"""
 
 
 if __name__ == "__main__":

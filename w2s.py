@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -158,6 +159,9 @@ class Config:
     engine: str = flag("own", "what generates the debates", choices=("own", "vllm"))
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     json: bool = flag(False, "status as JSON", bool)
+    tensorboard: bool = flag(
+        False, "training curves for TensorBoard too, in <out>/tensorboard (needs the package)", bool
+    )
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
@@ -198,6 +202,8 @@ class Config:
             raise InputError(f"--temperature {config.temperature} must be >= 0, --top-p {config.top_p} in (0, 1]")
         if config.data_dir and not Path(config.data_dir).is_dir():
             raise InputError(f"--data-dir {config.data_dir!r}: no such folder")
+        if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise InputError("--tensorboard: the package is not there; pip install tensorboard")
         if any(s < 0 for s in config.seeds):
             raise InputError(f"--seeds {' '.join(map(str, config.seeds))}: must not be negative")
         for spec in (config.weak, config.strong):
@@ -216,6 +222,7 @@ class Experiment:
         self.folder = Path(config.out) / task  # data and debates
         self.runs = results_folder(config) / task  # what is trained on them
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
+        self.otherwise: list[str] = []  # what is reported though these flags would make it anew
         self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
 
     def classifier(self, model: ModelSpec, sharded: bool = False):
@@ -433,7 +440,7 @@ class Experiment:
             for name, rows in files.items() if rank() == 0 else ():
                 write_jsonl(out / f"{name}.jsonl", rows)
             if keep:
-                train.save_model(classifier, out / "model")
+                train.save_model(classifier, out / "model", train_config, f"{self.task}, {folder.name}")
             return cost
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
@@ -488,7 +495,7 @@ class Experiment:
         for seed in self.config.seeds:
             runs = {"weak_floor": self.weak_floor(seed), "strong_ceiling": self.strong_ceiling(seed)}
             for name, stage in (runs | {n: self.train_student(n, seed) for n in names}).items():
-                if read_json(stage.folder / "manifest.json"):
+                if self.is_there(stage):
                     supervisor = self.label_with_ensemble(name, seed).folder if name in METHODS else None
                     row = report.result_row(self.task, name, seed, self.folder, stage.folder, supervisor)
                     yield row | (self.supervision_cost(METHODS[name], seed) if supervisor else {})
@@ -505,9 +512,9 @@ class Experiment:
             for m in methods:
                 for (k, j), stage in zip(m.members, self.train_members(m, seed), strict=True):
                     said = self.folder / f"transcripts/{m.context}/seed{k}/train_b.jsonl"
-                    manifest = read_json(stage.folder / "manifest.json")
-                    if manifest and said.exists() and before.exists() and stage.folder not in seen:
+                    if stage.folder not in seen and said.exists() and before.exists() and self.is_there(stage):
                         seen.add(stage.folder)
+                        manifest = read_json(stage.folder / "manifest.json")
                         yield {
                             "task": self.task, "protocol": m.context, "turns": m.turns, "debate_seed": k,
                             "finetune_seed": j, "seed": seed, "sides": PROMPTS[self.task].sides,
@@ -515,6 +522,16 @@ class Experiment:
                             "transcripts": str(said.relative_to(out)), "before": str(before.relative_to(out)),
                             "predictions": str((stage.folder / "train_b.jsonl").relative_to(out)),
                         }  # fmt: skip
+
+    def is_there(self, stage: Stage) -> bool:
+        """Whether a stage can be reported: done, with these settings or others. Raises InputError on files changed since."""
+        difference = stage.difference()
+        for line in difference or ():
+            if line.startswith(("output ", "manifest.json")):
+                raise InputError(f"{stage.folder}: {line}; `run` makes it again")
+        if difference:
+            self.otherwise.append(stage.folder.name)
+        return difference is not None
 
     def supervision_cost(self, method: Method, seed: int) -> dict:
         """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
@@ -640,6 +657,12 @@ def write_report(experiments: list[Experiment]) -> None:
     made = report.collect(out, rows, readings, labels, shown)
     paths = [*report.write(made, into), into / "report.html"]
     write_text(paths[-1], page.build(made, out, into))
+    write_text(into / "README.md", report.card(made))
+    otherwise = sum(len(e.otherwise) for e in experiments)
+    if otherwise:
+        print0(f"note: {otherwise} runs were made with other settings or inputs than these; `status` says with which")
+    if experiments[0].config.tensorboard:
+        report.write_tensorboard(made, out, into / "tensorboard")
     for path in paths:
         if path.suffix == ".md":
             print0(path.read_text())

@@ -431,7 +431,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(classifier, samples):
 def test_a_saved_model_gives_the_recorded_probabilities(tmp_path, tiny_model, samples):
     classifier = Classifier(ModelSpec.parse(tiny_model("qwen2", 4) + ":3"), 2, torch.float32)
     _, probs = finetuned(classifier, samples)
-    train.save_model(classifier, tmp_path / "model")
+    train.save_model(classifier, tmp_path / "model", TrainConfig(lr=0.5), "these <samples>")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     texts = [s["text"] for s in samples]
@@ -439,6 +439,8 @@ def test_a_saved_model_gives_the_recorded_probabilities(tmp_path, tiny_model, sa
         alone = torch.cat([model(**tokenizer(t, return_tensors="pt")).logits for t in texts]).softmax(-1)
         padded = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits.softmax(-1)
     assert probs.std() > 1e-3 and model.config.num_hidden_layers == 3
+    card = (tmp_path / "model/README.md").read_text()
+    assert "library_name: transformers" in card and "its first 3 blocks" in card and "| lr | 0.5 |" in card
     recorded = torch.tensor([r["probs"] for r in train.prediction_rows(samples, probs)])
     assert_close(recorded, alone, atol=1e-6, rtol=0)
     assert_close(recorded, padded, atol=1e-5, rtol=0)

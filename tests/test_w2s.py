@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from conftest import ROOT
 
 import report
 import stats
 import w2s
-from common import Stage, by_id, locked, read_jsonl, write_jsonl
+from common import InputError, Stage, by_id, locked, read_jsonl, write_jsonl
 from w2s import METHODS, Experiment
 
 PAPER = json.loads((ROOT / "data/paper.json").read_text())
@@ -338,6 +339,52 @@ def test_results_are_counted_from_the_predictions(done):
         assert said.keys() == gold.keys() and row["n"] == 8
         assert row["correct"] == sum(said[i] == gold[i] for i in gold)
         assert row["accuracy"] == row["correct"] / 8
+
+
+def test_datasets_and_pandas_read_what_a_run_writes(done, tmp_path):
+    from datasets import load_dataset
+
+    out = done[0].folder.parent
+    shown = {}
+    for name in ("predictions", "weak_labels", "transcripts", "samples", "results", "debates"):
+        loaded = load_dataset(str(out), name, cache_dir=str(tmp_path))
+        shown[name] = {split: (len(rows), set(rows.column_names)) for split, rows in loaded.items()}
+    runs = len(list(out.glob("sciq/predictions/*/test.jsonl")))
+    assert shown["predictions"]["test"] == (8 * runs, {"id", "probs"})
+    assert shown["weak_labels"]["train"] == (8 * len(RUN_METHODS), {"id", "probs"})
+    assert shown["transcripts"]["train_b"][1] == {"id", "sides", "turns", "n_tokens"}
+    assert shown["samples"]["test"] == (8, {"id", "text", "label"})
+    assert shown["results"]["train"][0] == len(RUN_METHODS) + 2 and shown["debates"]["train"][0] > 0
+    alone = load_dataset(
+        "json", data_files=str(next(out.glob("sciq/transcripts/*/*/*.jsonl"))), cache_dir=str(tmp_path)
+    )
+    assert len(alone["train"]) == 8
+    steps = pandas.read_json(next(out.glob("sciq/predictions/strong-*/steps.jsonl")), lines=True)
+    assert list(steps.step) == list(range(len(steps))) and steps.loss.notna().all() and len(steps) > 0
+
+
+def test_tensorboard_shows_every_step(done, tmp_path):
+    out = done[0].folder.parent
+    made = report.Report(read_jsonl(out / "results.jsonl")[:1], [], {}, [], {}, {})
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for _ in range(2):  # the second time nothing is written
+        report.write_tensorboard(made, out, tmp_path)
+    [folder] = (tmp_path / "sciq").iterdir()
+    [_] = folder.iterdir()
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    steps = read_jsonl((out / made.rows[0]["predictions"]).with_name("steps.jsonl"))
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([s["loss"] for s in steps])
+
+
+def test_predictions_changed_by_hand_are_not_reported(copied, capsys):
+    w2s.write_report([changed(copied, lr=0.5)])
+    assert "were made with other settings or inputs" in capsys.readouterr().out
+    w2s.write_report([copied])
+    assert "were made with other" not in capsys.readouterr().out
+    path = copied.folder / "predictions/strong-ours-s0/test.jsonl"
+    write_jsonl(path, [r | {"probs": [0.0, 1.0]} for r in read_jsonl(path)])
+    with pytest.raises(InputError, match="strong-ours-s0: output test.jsonl was changed"):
+        w2s.write_report([copied])
 
 
 def test_weak_labels_are_the_mean_of_the_members(done):
