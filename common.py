@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import gzip
 import hashlib
 import json
@@ -40,12 +41,19 @@ def stable_hash(*parts: object) -> int:
 # ---- processes: those that torchrun started, or this one alone ----
 
 
+_group: list = [None]  # the torch.distributed group that works together now; None: all processes
+
+
+def process_group():
+    return _group[-1]
+
+
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return process_group().rank() if process_group() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return process_group().size() if process_group() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
@@ -68,6 +76,36 @@ def distributed() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def in_groups(size: int) -> Iterator[tuple[int, int]]:
+    """Cut the processes into groups of `size` (0: all in one), each for runs of its own; yields its number and their count.
+
+    Within, `rank` and `world_size` are the group's, and so is all that speaks with other processes. At the end all wait
+    for all. Raises InputError where `size` does not divide the processes.
+    """
+    me, world = rank(), world_size()
+    size = min(size, world) or world
+    if world % size:
+        raise InputError(
+            f"{world} processes cannot be cut into groups of {size} (--weak-gpus, --strong-gpus): choose a divisor"
+        )
+    if size < world:
+        _group.append(groups_of(size)[me // size])
+    yield me // size, world // size
+    if size < world:
+        _group.pop()
+        barrier()
+
+
+@functools.cache
+def groups_of(size: int) -> list:
+    """Groups of `size` consecutive ranks; every process must ask."""
+    import torch.distributed as dist
+
+    starts = range(0, world_size(), size)
+    return [dist.new_group(range(n, n + size), timeout=timedelta(days=1)) for n in starts]
+
+
 def gather(value) -> list:
     """Every rank's `value` (anything that pickles), by rank, on every rank."""
     if world_size() == 1:
@@ -75,7 +113,7 @@ def gather(value) -> list:
     import torch.distributed as dist
 
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=process_group())
     return values
 
 
@@ -218,7 +256,8 @@ class Stage:
     The folder is done when its manifest.json, written last, holds the same config and the same digests of inputs (a
     file, a folder, or a function that computes the digest). Of `at_least` it may hold more; when it holds less, and
     nothing else differs, `make` continues what is there. Under several processes rank 0 makes it while the others
-    wait, unless it is `shared`: then `make` runs on all of them and rank 0's cost counts.
+    wait, unless it is `shared`: then `make` runs on all of them and rank 0's cost counts. `processes` is how many are to
+    make it together while others make its neighbours (0: all).
     """
 
     folder: Path
@@ -227,6 +266,7 @@ class Stage:
     make: Callable[[Path], dict]
     at_least: dict[str, int] = dataclasses.field(default_factory=dict)
     shared: bool = False
+    processes: int = 0
 
     def wanted(self) -> dict:
         return {

@@ -37,6 +37,7 @@ from common import (
     load_tokenizer,
     parse_dataclass,
     print0,
+    process_group,
     rank,
     read_samples,
     resolve_dtype,
@@ -265,10 +266,11 @@ class Classifier:
         self.model.to(device())
 
     def shard(self) -> None:
-        """Spread float32 weights, gradients and moments over all ranks (FSDP2); a block is whole while it computes."""
+        """Spread float32 weights, gradients and moments over the ranks of the group (FSDP2); a block is whole while it computes."""
+        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = torch.distributed.device_mesh.init_device_mesh(device().type, (world_size(),))
+        mesh = DeviceMesh.from_group(process_group() or torch.distributed.group.WORLD, device().type)
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -473,7 +475,7 @@ def push_back(classifier: Classifier, tokens: list, y: Tensor, step_frac: float,
     for r, out in zip(rows, logits, strict=True):
         z.index_copy_(0, r, out.detach()[: len(r)])
     if ranks > 1:
-        torch.distributed.all_reduce(z)
+        torch.distributed.all_reduce(z, group=process_group())
     loss, gradient = loss_and_gradient(z, y, step_frac, config, classifier.kernels)
     for n, (m, r) in enumerate(zip(mine, rows, strict=True)):
         out = logits[0] if len(mine) == 1 else forward(m)
@@ -482,7 +484,7 @@ def push_back(classifier: Classifier, tokens: list, y: Tensor, step_frac: float,
         out.backward(of_rows)
         classifier.optimizer.take_gradients(first=n == 0)
     if ranks > 1:
-        torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks))
+        torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks), group=process_group())
     return loss
 
 

@@ -19,6 +19,7 @@ import gc
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import sys
 import time
@@ -38,6 +39,8 @@ from common import (
     by_id,
     digest,
     flag,
+    gather,
+    in_groups,
     is_locked,
     load_config,
     load_tokenizer,
@@ -122,7 +125,9 @@ PRESETS = {
         tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
         limit_test=2000, max_new_tokens=150,
     ),
-    "paper": dict(tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B"),
+    "paper": dict(
+        tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=2, strong_gpus=4,
+    ),
 }  # fmt: skip
 PER_TASK = {  # a preset's sizes for a task that needs others (LOG.md, 2026-11-23)
     ("tiny", "sciq"): dict(limit_train=1600, lr=1e-4, weak_lr=2e-4, epochs=2, batch_size=32, max_new_tokens=8),
@@ -157,6 +162,10 @@ class Config:
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
     engine: str = flag("own", "what generates the debates", choices=("own", "vllm"))
+    weak_gpus: int | None = flag(
+        None, "processes that share a finetuning of the weak model; others do the next (0: all)", int
+    )
+    strong_gpus: int | None = flag(None, "the same for the strong model", int)
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     json: bool = flag(False, "status as JSON", bool)
     tensorboard: bool = flag(
@@ -174,7 +183,7 @@ class Config:
         defaults = dict(
             methods=tuple(METHODS), out=f"out/{self.preset}", max_sample_tokens=1024, lr=1e-5, epochs=2, batch_size=32,
             ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, chat=False, dtype="auto",
-            kernels="auto",
+            kernels="auto", weak_gpus=0, strong_gpus=0,
         ) | PRESETS[self.preset] | PER_TASK.get((self.preset, task), {})  # fmt: skip
         given = {k: v for k, v in vars(self).items() if v is not None and v != ()}
         config = dataclasses.replace(self, **(defaults | given))
@@ -200,6 +209,9 @@ class Config:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
         if not config.temperature >= 0 or not 0 < config.top_p <= 1:
             raise InputError(f"--temperature {config.temperature} must be >= 0, --top-p {config.top_p} in (0, 1]")
+        for name in ("weak_gpus", "strong_gpus"):
+            if getattr(config, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative (0: all)")
         if config.data_dir and not Path(config.data_dir).is_dir():
             raise InputError(f"--data-dir {config.data_dir!r}: no such folder")
         if config.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -444,7 +456,8 @@ class Experiment:
             return cost
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
-        return Stage(folder, config, inputs | tested, make, at_least=kept, shared=True)
+        processes = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
+        return Stage(folder, config, inputs | tested, make, at_least=kept, shared=True, processes=processes)
 
     @functools.cache  # noqa: B019
     def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
@@ -613,6 +626,9 @@ def run(experiments: list[Experiment]) -> None:
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
     for spec in (experiments[0].weak, experiments[0].strong):
         load_config(spec)
+    for size in (experiments[0].config.weak_gpus, experiments[0].config.strong_gpus):
+        with in_groups(size):
+            pass  # what cannot be cut is refused now
     with locked(Path(experiments[0].config.out)):
         make_all(experiments)
         if rank() == 0:
@@ -621,28 +637,37 @@ def run(experiments: list[Experiment]) -> None:
 
 def make_all(experiments: list[Experiment]) -> None:
     stages = [s for e in experiments for s in e.stages()]
-    start, made = time.time(), 0
-    for n, stage in enumerate(stages, 1):
-        name = stage.folder.relative_to(experiments[0].config.out)
-        before, debates = time.time(), stage.folder.parent.name == "transcripts"
-        if debates:
-            load_classifier.cache_clear()
-            gc.collect()
-        try:
-            if stage.run():
-                made += 1
-                print0(
-                    f"[{n}/{len(stages)}] {name}: {time.time() - before:.1f} s ({(time.time() - start) / 60:.1f} min so far)"
-                )
-        except Exception as e:
-            e.add_note(f"stage {name} failed; what is finished stays, and the same command resumes with this stage")
-            raise
-        if debates:
-            debater.cache_clear()
-            gc.collect()
+    start, made = time.time(), []
+    for size, like in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].processes):
+        with in_groups(size) as (mine, groups):  # stages side by side do not need each other
+            for n, stage in list(like)[mine::groups]:
+                name = stage.folder.relative_to(experiments[0].config.out)
+                before = time.time()
+                if make_one(stage):
+                    made.append(name)
+                    took, so_far = time.time() - before, (time.time() - start) / 60
+                    print0(f"[{n}/{len(stages)}] {name}: {took:.1f} s ({so_far:.1f} min so far)")
+    made = len({name for names in gather(made) for name in names})
     print0(
         f"{made} of {len(stages)} stages made, {len(stages) - made} were done, in {(time.time() - start) / 60:.1f} min"
     )
+
+
+def make_one(stage: Stage) -> bool:
+    """Run a stage; debater and classifier, one of which may fill the memory, give way to each other."""
+    debates = stage.folder.parent.name == "transcripts"
+    if debates:
+        load_classifier.cache_clear()
+        gc.collect()
+    try:
+        return stage.run()
+    except Exception as e:
+        e.add_note(f"stage {stage.folder} failed; what is finished stays, and the same command resumes with this stage")
+        raise
+    finally:
+        if debates:
+            debater.cache_clear()
+            gc.collect()
 
 
 def write_report(experiments: list[Experiment]) -> None:

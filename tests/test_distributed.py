@@ -17,7 +17,7 @@ from conftest import ROOT
 from torch.testing import assert_close
 
 import train
-from common import ModelSpec, distributed, rank, read_jsonl
+from common import ModelSpec, distributed, in_groups, rank, read_jsonl
 from kernels import conf_loss
 from train import TrainConfig
 
@@ -111,9 +111,47 @@ def test_a_run_killed_on_two_ranks_continues_on_one_to_the_same_tables(tmp_path)
             assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
+def test_groups_train_side_by_side_what_one_process_trains(tmp_path):
+    flags = ["run", "--preset", "smoke", "--tasks", "sciq", "--seeds", 0, 1, "--limit-train", 16, "--limit-test", 8]
+    flags += ["--methods", "finetune", "finetune_aux", "--out"]
+    groups = torchrun(ROOT / "w2s.py", *flags, tmp_path / "groups", "--weak-gpus", 1, "--strong-gpus", 1, ranks=2)
+    ended_well(torchrun(ROOT / "w2s.py", *flags, tmp_path / "alone"), groups)
+    files = sorted((tmp_path / "alone/sciq/predictions").rglob("t*.jsonl"))
+    assert len(files) == 2 * 2 + 2 + 4 * 2
+    for file in files:
+        assert (tmp_path / "groups" / file.relative_to(tmp_path / "alone")).read_bytes() == file.read_bytes()
+
+
+def test_four_processes_in_groups_of_two_train_two_models_at_once(tiny_model, alone, tmp_path):
+    ended_well(torchrun(__file__, tiny_model("qwen2"), tmp_path / "out.json", "2", ranks=4))
+    for group in (0, 1):
+        got = json.loads((tmp_path / f"out.json{group}").read_text())
+        for loss, wanted in alone.items():
+            assert got[loss]["hardened"] == wanted["hardened"]
+            assert_close(torch.tensor(got[loss]["probs"]), torch.tensor(wanted["probs"]), atol=1e-5, rtol=0)
+
+
+def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
+    flags = [
+        "--preset",
+        "smoke",
+        "--tasks",
+        "sciq",
+        "--methods",
+        "finetune",
+        "--weak-gpus",
+        2,
+        "--out",
+        tmp_path / "out",
+    ]
+    run = torchrun(ROOT / "w2s.py", "run", *flags, ranks=3)
+    told = run.communicate(timeout=300)[0]
+    assert run.returncode != 0 and "3 processes cannot be cut into groups of 2" in told
+
+
 if __name__ == "__main__":
-    with distributed():
+    with distributed(), in_groups(int(sys.argv[3]) if len(sys.argv) > 3 else 0) as (mine, groups):
         result = finetuned(sys.argv[1])
         if rank() == 0:
-            with open(sys.argv[2], "w") as f:
+            with open(sys.argv[2] + (str(mine) if groups > 1 else ""), "w") as f:
                 json.dump(result, f)
