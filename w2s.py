@@ -153,11 +153,17 @@ class Config:
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
     engine: str = flag("own", "what generates the debates", choices=("own", "vllm"))
+    chunk: int | None = flag(None, "samples in one batch of debates, each with all its seeds (32)", int)
+    micro_tokens: int | None = flag(
+        None, "most tokens in one forward of finetuning; does not change the result (32768)", int
+    )
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     json: bool = flag(False, "status as JSON", bool)
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
+    gpus: int | None = flag(None, "plan: GPUs of the run; default: those here", int)
+    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(estimate.GPUS))
 
     def resolved(self, task: str | None = None) -> "Config":
         """With the preset's and the paper's values filled in, and where the preset has them those of `task`.
@@ -167,7 +173,7 @@ class Config:
         defaults = dict(
             methods=tuple(METHODS), out=f"out/{self.preset}", max_sample_tokens=1024, lr=1e-5, epochs=2, batch_size=32,
             ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, chat=False, dtype="auto",
-            kernels="auto",
+            kernels="auto", chunk=32, micro_tokens=32768,
         ) | PRESETS[self.preset] | PER_TASK.get((self.preset, task), {})  # fmt: skip
         given = {k: v for k, v in vars(self).items() if v is not None and v != ()}
         config = dataclasses.replace(self, **(defaults | given))
@@ -187,6 +193,9 @@ class Config:
             "weak_lr",
             "head_lr",
             "head_epochs",
+            "chunk",
+            "micro_tokens",
+            "gpus",
         ):
             value = getattr(config, name)
             if value is not None and not value > 0:
@@ -257,7 +266,7 @@ class Experiment:
 
         c = self.config
         folder = self.folder / "transcripts" / protocol
-        settings = debate.DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, engine=c.engine)
+        settings = debate.DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, c.chunk, c.engine)
         form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         if protocol == "market_making":
@@ -378,7 +387,7 @@ class Experiment:
         return TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
-            kernels=c.kernels,
+            kernels=c.kernels, micro_tokens=c.micro_tokens,
         )  # fmt: skip
 
     def finetuning(
@@ -518,6 +527,7 @@ def beginning(path: Path, turns: int) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+@functools.cache
 def code(function) -> str:
     """Digest of a function's source, white space aside: to edit it makes the stages that use it stale."""
     return hashlib.sha256("".join(inspect.getsource(function).split()).encode()).hexdigest()[:16]
@@ -663,6 +673,10 @@ def main() -> None:
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
     asked = parse_dataclass(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
+    if sys.argv[1] != "plan" and (asked.gpu or asked.gpus):
+        raise InputError(f"--gpu {asked.gpu} --gpus {asked.gpus}: for `w2s.py plan` only; `run` takes the GPUs it has")
+    if asked.gpu and asked.dtype in (None, "auto"):
+        asked = dataclasses.replace(asked, dtype="bfloat16")
     COMMANDS[sys.argv[1]]([Experiment(asked.resolved(task), task) for task in asked.resolved().tasks])
 
 
