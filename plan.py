@@ -150,9 +150,9 @@ def finetuning_memory(m: Shape, gpus: int, tokens: int, longest: int, checkpoint
     )  # float32 weight, gradient, two moments; a bfloat16 copy and gradient
     attention = e * (m.Q + 2 * m.K) + 4 * m.heads if flash else 4 * (3 * m.Q + m.heads * longest)
     kept = (8 + 4 * e) * m.D + attention + e * m.Q + 4 * e * m.F
-    passing = 3 * e * m.F + 2 * e * m.D  # gradients on their way through an MLP
+    passing = e * m.F  # a gradient, before what it belongs to is freed
     last = (4 + 2 * e) * m.D + 2 * e * m.K
-    block_by_block = m.blocks * e * m.D + kept
+    block_by_block = (m.blocks - 1) * e * m.D + kept
     a_token = (block_by_block if checkpointing else (m.blocks - 1) * kept + last) + passing
     parts = {"state": a_parameter * N / gpus}
     if gpus > 1:  # the embedding stays whole; of blocks the next one too, and a gradient on its way in float32
@@ -367,7 +367,8 @@ def show(experiments: list) -> None:
         for stage in e.stages():
             heads = stage.folder.is_relative_to(e.runs) and e.runs != e.folder
             kind, run = stage.folder.relative_to(e.runs if heads else e.folder).parts[0], stage.folder.name
-            cost, group = {"bytes": (6 if kind == "data" else 50) * p.rows * (p.text if kind == "data" else 0.5)}, kind
+            size = 6 * p.text * p.rows if kind == "data" else 50 * p.half  # bytes of samples, of weak labels
+            cost, group = {"samples": p.rows if kind == "data" else p.half, "bytes": size}, kind
             if kind == "transcripts":
                 cost, lines, memory = p.debates(stage.at_least)
                 group = f"debates {run}"
