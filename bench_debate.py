@@ -115,7 +115,7 @@ def continuous(model: torch.nn.Module, requests: int) -> Engine:
 
 def ours(debater: Debater, args: Args, samples: list[dict], chunk: int) -> list[list[int]]:
     """Number of new tokens by turn, of every debate."""
-    rows = [run_protocol(debater, args.task, "debate", c, [0], args.turns)[0] for c in chunks(samples, chunk)]
+    rows = [run_protocol(debater, args.task, "debate", c, [0], args.turns)[0] for c in chunks(samples, lambda _: chunk)]
     return [r["n_tokens"] for part in rows for r in part]
 
 

@@ -66,8 +66,13 @@ class DebateConfig:
         False, "ask through the model's chat template (for a chat model); default: the plain prompt", bool
     )
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
-    chunk: int = flag(32, "samples in one batch, each with all its seeds", int)
+    cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int)
     engine: str = flag("own", "what generates", choices=("own", "vllm"))
+
+    def batch_size(self, characters: int, seeds: int, turns: int) -> int:
+        """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
+        tokens = 60 + characters / 2.5 + turns * (self.max_new_tokens + 8)  # with opening, instruction, speakers' names
+        return max(1, int(self.cache_tokens / (seeds * tokens)))
 
 
 # ---- prompts (Tables 1 and 3; what they say of a task stands beside its formatter in data/prepare.py) ----
@@ -160,7 +165,7 @@ def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0)
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer that doubles: a new token is written in place, not concatenated."""
+    """Keys and values of one layer in a buffer with room to grow: a new token is written in place, not concatenated."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -170,7 +175,7 @@ class SlotLayer(DynamicLayer):
         for i, new in enumerate((key_states, value_states)):
             old = self.buffers[i]
             if end > old.shape[2]:
-                self.buffers[i] = new.new_empty(*new.shape[:2], max(2 * self.length, end + 64), new.shape[3])
+                self.buffers[i] = new.new_empty(*new.shape[:2], end + max(64, end // 4), new.shape[3])
                 self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
             self.buffers[i][:, :, self.length : end] = new
         self.resize(end)
@@ -395,20 +400,25 @@ def run_protocol(
     return [rows[k::K] for k in range(K)]
 
 
-def chunks(samples: list[dict], size: int) -> Iterator[list[dict]]:
-    """Samples of like length together; what is in a chunk is a function of the sample list alone."""
-    ordered = sorted(samples, key=lambda s: (len(s["text"]), s["id"]))
-    for i in range(0, len(ordered), size):
-        yield ordered[i : i + size]
+def chunks(samples: list[dict], size: Callable[[int], int]) -> Iterator[list[dict]]:
+    """Samples of like length together, as many as `size` says of the longest's characters: a function of the list alone."""
+    chunk: list[dict] = []
+    for sample in sorted(samples, key=lambda s: (len(s["text"]), s["id"])):
+        if len(chunk) >= size(len(sample["text"])):
+            yield chunk
+            chunk = []
+        chunk.append(sample)
+    if chunk:
+        yield chunk
 
 
 def make_transcripts(
     debater: Callable[[], Debater], task: str, protocol: str, samples: list[dict], files: dict[int, Path], turns: int,
-    chunk: int, choose: Chooser | None = None,
+    size: Callable[[int, int, int], int], choose: Chooser | None = None,
 ) -> dict:  # fmt: skip
     """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
 
-    Chunks are appended to part files as they finish and the whole is renamed at the end. A file that holds fewer turns
+    `size` of characters, seeds and turns is how many samples are generated at once (DebateConfig.batch_size). These chunks are appended to part files as they finish and the whole is renamed at the end. A file that holds fewer turns
     is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
     processes each takes every so-manieth chunk and has part files of its own; what a run with any number of them has
     left is used, and rank 0 joins the parts.
@@ -430,7 +440,8 @@ def make_transcripts(
         barrier()
         done = {k: read_parts(stems[k]) for k in seeds}
         barrier()
-        pending = [c for c in chunks(samples, chunk) if not all(s["id"] in done[k] for k in seeds for s in c)]
+        at_once = functools.partial(size, seeds=len(seeds), turns=turns)
+        pending = [c for c in chunks(samples, at_once) if not all(s["id"] in done[k] for k in seeds for s in c)]
         mine = pending[rank() :: world_size()]
         bar = tqdm(total=sum(map(len, mine)) * len(seeds) * (turns - n_turns), unit="turn", disable=rank() > 0 or None)
         bar.set_description(f"{task} {protocol} seeds {seeds}")
@@ -518,7 +529,7 @@ class Args(DebateConfig):
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "debate.py", __doc__)
-    for name, ok in {"turns": args.turns >= 1, "chunk": args.chunk >= 1, "max_new_tokens": args.max_new_tokens >= 1,
+    for name, ok in {"turns": args.turns >= 1, "cache_tokens": args.cache_tokens >= 1, "max_new_tokens": args.max_new_tokens >= 1,
                      "temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1}.items():  # fmt: skip
         if not ok:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
@@ -548,7 +559,7 @@ def main() -> None:
         loaded[:] = loaded or [ENGINES[config.engine](ModelSpec.parse(args.strong), config)]
         return loaded[0]
 
-    cost = make_transcripts(debater, args.task, args.protocol, samples, files, args.turns, args.chunk, choose)
+    cost = make_transcripts(debater, args.task, args.protocol, samples, files, args.turns, config.batch_size, choose)
     print0(json.dumps(cost))
     first = {r["id"]: r for r in read_jsonl(files[args.seed[0]])}
     for sample_row in samples[: args.show]:

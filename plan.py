@@ -1,118 +1,455 @@
-"""What a run would cost, before it starts: computes nothing, downloads nothing.
+"""What a run would cost, before it starts: hours, memory a GPU, disk. Computes nothing, downloads nothing.
 
-Sizes come from the preset and the sources' row counts, tokens from mean lengths, FLOPs as 2 N a token forward and 6 N in
-training (N parameters without embeddings), hours from this machine's own speed: a matrix product timed on the spot, of
-which a run is taken to reach `EFFICIENCY`. Estimates, not measurements.
+Every figure is printed with what it is made of. Sizes come from the preset and the sources' row counts, tokens from mean
+lengths, FLOPs as 2 N a token read and 6 N trained (8 N with recomputation; N: parameters of the blocks), rates from data
+sheets or, without --gpu, from this machine timed on the spot, times `SHARES`. Estimates, not measurements. Memory follows
+what train.py and debate.py allocate and is checked against measured peaks in tests/test_plan.py.
 """
 
+import dataclasses
+import math
+import os
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
-from common import InputError, ModelSpec, device, load_config, print0, resolve_dtype
+from common import InputError, ModelSpec, device, print0, read_json
+from debate import DebateConfig
 
 ROWS = {  # (train after the cap of 20,000, test) on the hub; facts and places from their tables
     "sciq": (11_679, 1_000), "boolq": (9_427, 3_270), "cosmos_qa": (20_000, 2_985), "anthropic_hh": (20_000, 8_552),
     "anthropic_hh_mixed": (20_000, 8_552), "facts": (2_200, 1_100), "places": (418, 220),
 }  # fmt: skip
-TOKENS = {  # mean tokens of a sample
-    "sciq": 22, "boolq": 146, "cosmos_qa": 102, "anthropic_hh": 153, "anthropic_hh_mixed": 153, "facts": 15, "places": 15,
+TOKENS = {  # of a sample: mean, and at most (or --max-sample-tokens)
+    "sciq": (22, 100), "boolq": (146, 1024), "cosmos_qa": (102, 250), "anthropic_hh": (153, 1024),
+    "anthropic_hh_mixed": (153, 1024), "facts": (15, 30), "places": (15, 30),
 }  # fmt: skip
-PROMPT_TOKENS = 45  # of introduction and instruction
-EFFICIENCY = {"train": 0.4, "prefill": 0.4, "decode": 0.1}  # of the matrix-product rate
-SIZES = {  # parameters without embeddings, blocks: of the presets' models, so that a plan needs no download
-    "Qwen/Qwen-7B": (6.5e9, 32), "Qwen/Qwen-14B": (12.6e9, 40), "Qwen/Qwen2.5-0.5B": (0.36e9, 24),
-    "Qwen/Qwen2.5-1.5B": (1.31e9, 28), "smollm2-135m": (106.2e6, 30), "random-small": (1.5e4, 2), "random-large": (6e4, 2),
-}  # fmt: skip
+CHARACTERS = 4.3  # a token of English
+INTRODUCTION, INSTRUCTION, LABEL = 30, 25, 7  # tokens: before the sample, of a turn's instruction, of a speaker's name
+SHARES = {"training": 0.4, "reading": 0.4, "bandwidth": 0.3, "link": 0.8, "memory": 0.95}  # of the peaks: assumptions
 
 
-def parameters(spec: ModelSpec) -> float:
-    """Parameters without embeddings, of a known model or from a local folder's configuration."""
-    if spec.name in SIZES:
-        n, blocks = SIZES[spec.name]
-        return n * (spec.layers or blocks) / blocks
-    if not Path(spec.name).is_dir():
-        raise InputError(f"model {spec.name!r}: plan knows {', '.join(SIZES)}, and local folders")
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Peaks of one device: dense bfloat16 TFLOP/s, memory GB, its GB/s, GB/s to the others one way."""
+
+    tflops: float
+    gb: float
+    gbps: float
+    link: float
+    flash: bool = True  # attention that stores no scores
+
+
+GPUS = {  # NVIDIA's data sheets of the SXM and PCIe boards; without sparsity; link: NVLink, or PCIe 4.0 x16
+    "h100-80gb": Gpu(989, 80, 3350, 450),
+    "h200-141gb": Gpu(989, 141, 4800, 450),
+    "a100-80gb": Gpu(312, 80, 2039, 300),
+    "l40s-48gb": Gpu(362, 48, 864, 32),
+    "rtx4090-24gb": Gpu(165, 24, 1008, 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder of the Llama and Qwen families: width, blocks, MLP width, heads, heads of keys, head width, vocabulary."""
+
+    D: int
+    blocks: int
+    F: int
+    heads: int
+    kv_heads: int
+    d: int
+    V: int
+    tied: bool = False
+
+    @property
+    def Q(self) -> int:
+        return self.heads * self.d
+
+    @property
+    def K(self) -> int:
+        return self.kv_heads * self.d
+
+    @property
+    def block(self) -> int:
+        """Parameters of a block, without norms and biases."""
+        return 2 * self.D * (self.Q + self.K) + 3 * self.D * self.F
+
+    @property
+    def body(self) -> int:
+        return self.blocks * self.block
+
+    @property
+    def embeddings(self) -> int:
+        return self.V * self.D
+
+
+SHAPES = {  # of the presets' models, so that a plan needs no download
+    "Qwen/Qwen-7B": Shape(4096, 32, 11008, 32, 32, 128, 151936),
+    "Qwen/Qwen-14B": Shape(5120, 40, 13696, 40, 40, 128, 152064),
+    "Qwen/Qwen2.5-0.5B": Shape(896, 24, 4864, 14, 2, 64, 151936, True),
+    "Qwen/Qwen2.5-1.5B": Shape(1536, 28, 8960, 12, 2, 128, 151936, True),
+    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 64, 49152, True),
+    "random-small": Shape(32, 2, 64, 4, 2, 8, 257, True),
+    "random-large": Shape(64, 2, 128, 4, 2, 16, 257, True),
+}
+
+
+def shape_of(spec: ModelSpec) -> Shape:
+    """From the table, or a local folder's config.json."""
+    shape = SHAPES.get(spec.name)
+    if shape is None:
+        c = read_json(Path(spec.name) / "config.json")
+        if c is None:
+            raise InputError(f"model {spec.name!r}: plan knows {', '.join(SHAPES)}, and local folders")
+        try:
+            D, heads = c["hidden_size"], c["num_attention_heads"]
+            kv_heads, d = c.get("num_key_value_heads") or heads, c.get("head_dim") or D // heads
+            shape = Shape(D, c["num_hidden_layers"], c["intermediate_size"], heads, kv_heads, d, c["vocab_size"],
+                          bool(c.get("tie_word_embeddings")))  # fmt: skip
+        except KeyError as e:
+            raise InputError(
+                f"model {spec.name!r}: plan reads configurations like Llama's; config.json lacks {e}"
+            ) from None
+    return dataclasses.replace(shape, blocks=spec.layers or shape.blocks)
+
+
+def device_here() -> Gpu:
+    """The peaks of this machine: a matrix product and a copy timed on the spot, memory as it says."""
     import torch
-    from transformers import AutoModel
 
-    config = load_config(spec)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    return sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "wte" not in n)
+    dev = device()
+    cuda, n = dev.type == "cuda", 8192 if dev.type == "cuda" else 512
+    a = torch.ones(n, n, dtype=torch.bfloat16 if cuda else torch.float32, device=dev)
+    b = torch.ones(2**28 if cuda else 2**22, device=dev)
 
+    def seconds(work) -> float:
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            work().view(-1)[0].item()
+            best = min(best, time.perf_counter() - start)
+        return best
 
-def rate(dtype_name: str) -> float:
-    """FLOP/s of a large matrix product here, in the dtype that the run would use."""
-    import torch
-
-    dtype, n = resolve_dtype(dtype_name), 8192 if device().type == "cuda" else 1024
-    a = torch.randn(n, n, dtype=dtype, device=device())
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    memory = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rate, copied = 2 * n**3 / seconds(lambda: a @ a), 2 * b.nbytes / seconds(b.clone)
+    return Gpu(rate / 1e12, memory / 1e9, copied / 1e9, 32, flash=cuda)
 
 
-def stage_cost(stage, config, task: str, sizes: dict[str, float]) -> dict:
-    """Samples, tokens, FLOPs and bytes of one stage; FLOPs apart by kind."""
-    known = ROWS.get(task, (20_000, 1_000))
-    rows = min(known[0], config.limit_train or known[0])
-    tests = min(known[1], config.limit_test or known[1])
-    text, said = TOKENS.get(task, 100), config.max_new_tokens
-    kind, name = stage.folder.parent.name, stage.folder.name
-    if kind == "transcripts":
-        turns = sum(stage.at_least.values())
-        mean_turn = turns / len(stage.at_least)
-        read = rows * (text + PROMPT_TOKENS + turns * (PROMPT_TOKENS + said))
-        new = rows * turns * said
-        flops = {"prefill": 2 * sizes["strong"] * read, "decode": 2 * sizes["strong"] * new}
-        return {"samples": rows, "tokens": read + new, **flops, "bytes": 5 * new + 200 * mean_turn * rows}
-    if kind == "predictions":
-        model = "weak" if name.startswith("weak") else "strong"
-        turns = int(re.search(r"-t(\d+)-", name)[1]) if re.search(r"-t(\d+)-", name) else 0
-        length = text + turns * said
-        half = rows / 2
-        tokens = half * length * config.epochs
-        predicted = half * length + tests * text
-        flops = {"train": 6 * sizes[model] * tokens, "prefill": 2 * sizes[model] * predicted}
-        return {"samples": half, "tokens": tokens + predicted, **flops, "bytes": 60 * (half + tests)}
-    return {"samples": rows, "tokens": 0, "bytes": 6 * text * rows}
+# ---- memory, bytes a GPU ----
+
+
+def finetuning_memory(m: Shape, gpus: int, tokens: int, longest: int, checkpointing: bool, e: int, flash: bool) -> dict:
+    """Peak of a step of train.py by part: `tokens` in one forward on a GPU, samples of `longest`, e bytes an element.
+
+    A block keeps, a token: two norms (float32 input, normalised, output), queries, keys, values and their result, four
+    MLP rows, and without flash attention float32 scores. The last block keeps only norm, keys and values.
+    """
+    N = m.body + m.embeddings
+    a_parameter = (
+        16 if gpus > 1 or e == 4 else 20
+    )  # float32 weight, gradient, two moments; a bfloat16 copy and gradient
+    attention = e * (m.Q + 2 * m.K) + 4 * m.heads if flash else 4 * (3 * m.Q + m.heads * longest)
+    kept = (8 + 4 * e) * m.D + attention + e * m.Q + 4 * e * m.F
+    passing = e * m.F  # a gradient, before what it belongs to is freed
+    last = (4 + 2 * e) * m.D + 2 * e * m.K
+    block_by_block = (m.blocks - 1) * e * m.D + kept
+    a_token = (block_by_block if checkpointing else (m.blocks - 1) * kept + last) + passing
+    parts = {"state": a_parameter * N / gpus}
+    if gpus > 1:  # the embedding stays whole; of blocks the next one too, and a gradient on its way in float32
+        parts["gathered"] = e * m.embeddings + (3 * e + 4) * m.block
+    if not flash:
+        parts["pretrained"] = 4 * N / gpus  # on a CPU they lie in the same memory
+    return parts | {"activations": max(tokens * a_token, e * m.embeddings)}
+
+
+def predicting_memory(m: Shape, gpus: int, tokens: int, e: int, flash: bool, training: bool) -> dict:
+    """Peak of a prediction: the optimizer's state stays; one block's activations pass."""
+    parts = finetuning_memory(m, gpus, 0, 0, False, e, flash)
+    state = parts if training else {"weights": e * (m.body + m.embeddings)}
+    return state | {"activations": tokens * e * (2 * m.D + 3 * m.F)}
+
+
+def cache_columns(opening: int, asked: int, said: int, new: int, turns: int) -> tuple[int, int]:
+    """Columns of the KV buffer that debate.py's SlotLayer ends with, and those in use at the end."""
+    room, length = opening, opening
+    for turn in range(turns):
+        length += said if turn else 0
+        for used in range(length + asked, length + asked + new):
+            if used > room:
+                room = used + max(64, used // 4)
+    return room, used
+
+
+def debating_memory(
+    m: Shape, samples: int, seeds: int, columns: tuple[int, int], opening: int, fed: int, e: int
+) -> dict:
+    """Peak of a chunk of debates: `opening` tokens a sample are read at once, then `fed` a row before each turn.
+
+    When half of the rows have ended, the others go on in a copy, whose buffer grows by a quarter with the next token.
+    """
+    rows, (room, used), kv = samples * seeds, columns, 2 * m.blocks * m.K * e
+    reading = max(samples * opening, rows * fed) * e * (2 * m.D + 3 * m.F)
+    repeated = 2 * rows * used * m.Q * e if m.K < m.Q else 0  # keys of grouped queries, in one block
+    return {
+        "weights": e * (m.body + m.embeddings * (1 if m.tied else 2)),
+        "KV cache": rows * room * kv,
+        "rows left": rows // 2 * 1.25 * used * kv,
+        "passing": max(reading, repeated + 3 * 4 * rows * m.V),
+    }
+
+
+# ---- one group of like stages ----
+
+
+def length_read(name: str, text: int, said: int, most: int = 2048) -> int:
+    """Tokens of a sample as a finetuned model reads it, with the turns that its stage's name tells."""
+    turns = re.search(r"-t(\d+)-", name)
+    named = 2 * LABEL * ("no_argument" in name)
+    return min(most, text + named + (int(turns[1]) * (said + LABEL) if turns else 0))
+
+
+class Plan:
+    """Costs of an experiment's stages on `gpus` of `gpu`."""
+
+    def __init__(self, config, task: str, gpu: Gpu, gpus: int):
+        self.c, self.task, self.gpu, self.gpus = config, task, gpu, gpus
+        self.e = 2 if config.dtype == "bfloat16" else 4
+        self.weak, self.strong = (shape_of(ModelSpec.parse(s)) for s in (config.weak, config.strong))
+        rows, tests = ROWS.get(task, (20_000, 1_000))
+        self.rows, self.tests = min(rows, config.limit_train or rows), min(tests, config.limit_test or tests)
+        self.half = self.rows // 2
+        mean, most = TOKENS.get(task, (100, 1024))
+        self.text, self.longest = min(mean, config.max_sample_tokens), min(most, config.max_sample_tokens)
+        self.said = config.max_new_tokens + LABEL  # a turn's tokens, at most
+
+    def batch_size(self, tokens: int, seeds: int, turns: int, cache_tokens: int = 0) -> int:
+        """Samples of so many tokens in one batch of debates."""
+        limit = cache_tokens or self.c.cache_tokens
+        return DebateConfig(self.c.max_new_tokens, cache_tokens=limit).batch_size(
+            int(CHARACTERS * tokens), seeds, turns
+        )
+
+    def group(self, name: str) -> int:
+        """GPUs that share a finetuning."""
+        return min(self.c.weak_gpus if name.startswith("weak") else self.c.strong_gpus, self.gpus) or self.gpus
+
+    def flops(self, kind: str, gpus: int = 0) -> float:
+        """FLOP/s of so many GPUs, or all."""
+        return (gpus or self.gpus) * self.gpu.tflops * 1e12 * SHARES[kind]
+
+    def debates(self, turns: dict) -> tuple[dict, list[str], list[tuple]]:
+        """Cost, derivation and memory of a protocol's transcripts; `turns` of each debate seed."""
+        c, m, g = self.c, self.strong, self.gpu
+        groups = sorted(Counter(turns.values()).items())  # (turns, debate seeds), generated together
+        spoken = sum(n * k for n, k in groups)
+        new = self.rows * spoken * c.max_new_tokens
+        read = self.rows * (len(groups) * (INTRODUCTION + self.text) + spoken * (INSTRUCTION + self.said))
+        weights, kv = self.e * (m.body + m.embeddings), 2 * m.blocks * m.K * self.e
+        steps_seconds, lines, memory = 0.0, [], []
+        for n, seeds in groups:
+            chunk = self.batch_size(self.text, seeds, n)
+            chunks = math.ceil(self.half / chunk)
+            steps = 2 * chunks * n * c.max_new_tokens
+            rows = chunk * seeds
+            columns = INTRODUCTION + self.text + INSTRUCTION + (n - 1) / 2 * self.said + c.max_new_tokens / 2
+            a_step = weights + rows * columns * kv
+            moved, computed = a_step / (g.gbps * 1e9 * SHARES["bandwidth"]), 2 * m.body * rows / self.flops("reading")
+            seconds = max(moved, computed * self.gpus)
+            steps_seconds += steps * seconds / self.gpus
+            lines.append(
+                f"decode {n} turns: 2 x {chunks} chunks x {n} x {c.max_new_tokens} = {steps:,} steps x "
+                f"max(({weights / 1e9:.3g} GB + {rows} rows x {columns:.0f} columns x {kv:,} B) / ({g.gbps:.4g} GB/s x "
+                f"{SHARES['bandwidth']}), {rows} x 2 x {m.body / 1e9:.3g} G / ({g.tflops:.3g} T x {SHARES['reading']})) = "
+                f"{seconds * 1e3:.3g} ms / {self.gpus} GPUs = {steps * seconds / self.gpus / 3600:.3g} h"
+            )
+            opening = INTRODUCTION + self.longest
+            room = cache_columns(opening, INSTRUCTION, self.said, c.max_new_tokens, n)
+            memory.append((n, seeds, room, opening))
+        flops = 2 * m.body * read
+        lines.insert(
+            0,
+            f"read {self.rows} x ({len(groups)} x {INTRODUCTION + self.text} + {spoken} turns x {INSTRUCTION + self.said}) = "
+            f"{read / 1e6:.4g} M tokens x 2 x {m.body / 1e9:.3g} G = {flops / 1e15:.4g} PFLOP / ({self.gpus} x {g.tflops:.3g} T x "
+            f"{SHARES['reading']}) = {flops / self.flops('reading') / 3600:.3g} h",
+        )
+        hours = (flops / self.flops("reading") + steps_seconds) / 3600
+        cost = {"samples": self.rows, "tokens": read + new, "flops": flops + 2 * m.body * new, "hours": hours}
+        return cost | {"bytes": 5 * new + 200 * spoken * self.rows}, lines, memory
+
+    def finetune(self, name: str, kept: bool, heads: bool) -> tuple[dict, list[str]]:
+        """Cost and derivation of one run: train on a half, predict the other half and the test split."""
+        c, g, m = self.c, self.gpu, self.weak if name.startswith("weak") else self.strong
+        G = self.group(name) if not heads else self.gpus
+        side = self.gpus // G  # runs side by side
+        length = length_read(name, self.text, c.max_new_tokens)
+        epochs = 0 if heads else c.epochs  # heads alone: every text is read once
+        trained, steps = self.half * length * epochs, math.ceil(self.half / c.batch_size) * epochs
+        predicted = self.half * length * (2 if heads else 1) + self.tests * self.text
+        each = 8 if c.checkpointing else 6
+        flops, reading = each * m.body * trained, 2 * m.body * predicted
+        moved = (2 * self.e + 4) * m.body * (G - 1) / G if not heads else 0
+        computing, sending = flops / self.flops("training", G), steps * moved / (g.link * 1e9 * SHARES["link"])
+        hours = (max(computing, sending) + reading / self.flops("reading", G)) / side / 3600
+        line = (
+            f"a run: {self.half} rows x {epochs} epochs x {length} tokens x {each} x {m.body / 1e9:.4g} G = {flops / 1e15:.4g} PFLOP / "
+            f"({G} x {g.tflops:.3g} T x {SHARES['training']}) = {computing / 3600:.3g} h, or {steps} steps x {moved / 1e9:.3g} GB / "
+            f"({g.link:.3g} GB/s x {SHARES['link']}) = {sending / 3600:.3g} h, the longer; {predicted / 1e6:.3g} M predicted x 2 x "
+            f"{m.body / 1e9:.3g} G / ({G} x {g.tflops:.3g} T x {SHARES['reading']}) = "
+            f"{reading / self.flops('reading', G) / 3600:.3g} h; {side} runs side by side"
+        )
+        model = (4 if G > 1 else self.e) * (m.body + m.embeddings) if kept else 0
+        cost = {"samples": self.half, "tokens": trained + predicted, "flops": flops + reading, "hours": hours}
+        return cost | {"bytes": 60 * (self.half + self.tests) + model}, [line]
+
+    def finetune_needs(self, name: str, heads: bool) -> list[tuple]:
+        """Peak memory of a run and of its predictions, as (what, parts, remedies)."""
+        m, longest = (
+            self.weak if name.startswith("weak") else self.strong,
+            length_read(name, self.longest, self.c.max_new_tokens),
+        )
+
+        G = self.group(name)
+
+        def parts(gpus=G, most=self.c.micro_tokens, checkpointing=self.c.checkpointing) -> dict:
+            tokens = max(longest, min(math.ceil(self.c.batch_size / gpus) * longest, most))
+            return finetuning_memory(m, gpus, tokens, longest, checkpointing, self.e, self.gpu.flash)
+
+        tokens = max(longest, min(math.ceil(self.c.batch_size / G) * longest, self.c.micro_tokens))
+        read = min(4096, self.c.micro_tokens)
+        state = predicting_memory(m, 1 if heads else G, read, self.e, self.gpu.flash, training=not heads)
+        predicting = [(f"{self.task} {name}: predictions, {read} tokens a forward", state, [])]
+        remedies = [("--checkpointing", parts(checkpointing=True))]
+        remedies += [(f"--micro-tokens {n}", parts(most=n)) for n in (16384, 8192, 4096, 2048) if longest <= n < tokens]
+        flag = f"--{'weak' if name.startswith('weak') else 'strong'}-gpus"
+        for n in (2, 4, 8, 16, 32, 64):
+            if n > G:
+                more = f" --gpus {n}" if n > self.gpus else ""
+                remedies += [(f"{flag} {n}{more}", parts(gpus=n))]
+                remedies += [(f"{flag} {n}{more} --checkpointing", parts(n, checkpointing=True))]
+        how = ", recomputing" if self.c.checkpointing else ""
+        training = [(f"{self.task} {name}: finetuning, {tokens} tokens a forward{how}", parts(), remedies)]
+        return predicting if heads else training + predicting
+
+    def debate_needs(self, protocol: str, memory: list[tuple]) -> list[tuple]:
+        """Peak memory of a protocol's debates, likewise."""
+        needs = []
+        for turns, seeds, columns, opening in memory:
+
+            def parts(limit: int, turns=turns, seeds=seeds, columns=columns, opening=opening) -> dict:
+                chunk = self.batch_size(self.longest, seeds, turns, limit)
+                need = debating_memory(self.strong, chunk, seeds, columns, opening, INSTRUCTION + self.said, self.e)
+                asked = {"weak model": self.e * (self.weak.body + self.weak.embeddings)}
+                return need | (asked if protocol == "market_making" else {})
+
+            limit = self.c.cache_tokens
+            chunk = self.batch_size(self.longest, seeds, turns)
+            what = (
+                f"{self.task} {protocol}: {turns} turns, {chunk} samples x {seeds} seeds, room for {columns[0]} columns"
+            )
+            smaller = [n * 1000 for n in range(limit // 1000, 0, -1)]
+            needs.append((what, parts(limit), [(f"--cache-tokens {n}", parts(n)) for n in smaller]))
+        return needs
+
+
+# ---- the command ----
+
+
+def check(needs: list[tuple], gpu: Gpu, name: str) -> None:
+    """Raises InputError on what needs most if that does not fit, with those of its remedies that do."""
+    usable = gpu.gb * SHARES["memory"]
+    total = {what: sum(parts.values()) / 1e9 for what, parts, _ in needs}
+    what, _, remedies = max(needs, key=lambda need: total[need[0]])
+    if total[what] > usable:
+        ways: dict[str, str] = {}  # of every kind the first, which asks for the least
+        for way, parts in remedies:
+            if sum(parts.values()) / 1e9 <= usable:
+                ways.setdefault(re.sub(r"\d+", "", way), f"{way} ({sum(parts.values()) / 1e9:.1f} GB)")
+        raise InputError(
+            f"{what} needs {total[what]:.1f} GB a GPU, {name} has {gpu.gb:.4g} GB, {usable:.1f} to use; would fit: "
+            f"{', or '.join(ways.values()) or 'a smaller model (--weak, --strong), or GPUs with more memory'}"
+        )
 
 
 def show(experiments: list) -> None:
-    """Print a line a group of like stages, and the sum."""
+    """Print a line a group of like stages, how each is derived, and peak memory. Raises InputError on what does not fit."""
     config = experiments[0].config
-    sizes = {"weak": parameters(ModelSpec.parse(config.weak)), "strong": parameters(ModelSpec.parse(config.strong))}
-    speed = rate(config.dtype)
+    gpu, name = (GPUS[config.gpu], config.gpu) if config.gpu else (device_here(), f"this {device().type}")
+    gpus = config.gpus or here()
+    if config.gpu and config.dtype != "bfloat16":
+        raise InputError(f"--dtype {config.dtype} --gpu {config.gpu}: the table of GPUs holds bfloat16 rates only")
     groups: dict[tuple[str, str], dict] = {}
+    derived: dict[tuple[str, str], list[str]] = {}
+    needs: dict[str, tuple] = {}
+    seen = set()
     for e in experiments:
+        p = Plan(e.config, e.task, gpu, gpus)
         for stage in e.stages():
-            kind, name = stage.folder.relative_to(e.folder).parts[0], stage.folder.name
-            group = {"predictions": f"finetune {name.split('-')[0]}", "transcripts": name}.get(kind, kind)
-            cost = stage_cost(stage, e.config, e.task, sizes)
-            cost["hours"] = sum(cost.get(k, 0) / (speed * f) for k, f in EFFICIENCY.items()) / 3600
-            total = groups.setdefault((e.task, group), {"stages": 0})
-            for k, v in (cost | {"stages": 1}).items():
-                total[k] = total.get(k, 0) + v
+            heads = stage.folder.is_relative_to(e.runs) and e.runs != e.folder
+            kind, run = stage.folder.relative_to(e.runs if heads else e.folder).parts[0], stage.folder.name
+            size = 6 * p.text * p.rows if kind == "data" else 50 * p.half  # bytes of samples, of weak labels
+            cost, group = {"samples": p.rows if kind == "data" else p.half, "bytes": size}, kind
+            if kind == "transcripts":
+                cost, lines, memory = p.debates(stage.at_least)
+                group = f"debates {run}"
+                found = p.debate_needs(run, memory)
+            elif kind == "predictions":
+                group = " ".join(
+                    ["heads" if heads else "finetune", *re.findall(r"^weak-[a-z_]+|^strong|-t\d+", run)]
+                ).replace(" -", " ")
+                cost, lines = p.finetune(run, bool(stage.at_least.get("kept models")), heads)
+                reader = (e.task, re.sub(r"-f\d+-s\d+$|(?<=^strong)-.*", "", run))
+                cost |= {"flops": 0, "hours": 0, "tokens": 0} if heads and reader in seen else {}
+                seen.add(reader)
+                found = [] if (e.task, group) in groups else p.finetune_needs(run, heads)
+            else:
+                lines, found = [], []
+            total = groups.setdefault((e.task, group), Counter())
+            total.update(cost | {"stages": 1})
+            derived.setdefault((e.task, group), lines)
+            for need in found:  # of every kind the task that needs most
+                what = re.sub(r"^\S+ ", "", need[0]).split(":")[0] + need[0].split(":")[1].split(",")[0]
+                if sum(need[1].values()) > sum(needs.get(group + what, ("", {}))[1].values()):
+                    needs[group + what] = need
     print0(
-        f"weak {config.weak}: {sizes['weak'] / 1e9:.3f} B parameters, strong {config.strong}: {sizes['strong'] / 1e9:.3f} B"
+        f"{gpus} x {name}: {gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, {gpu.link:.4g} GB/s to the others"
     )
-    print0(f"{device().type}: {speed / 1e12:.2f} TFLOP/s on a matrix product; taken of it: {EFFICIENCY}; one device")
-    print0(f"{'task':20}{'stages':28}{'count':>6}{'samples':>10}{'M tokens':>10}{'PFLOP':>9}{'MB':>8}{'hours':>9}")
-    everything = {}
-    for (task, group), c in groups.items():
-        line(task, group, c)
-        for k, v in c.items():
-            everything[k] = everything.get(k, 0) + v
-    line("all", "", everything)
+    print0(
+        f"taken of these, assumed until measured: {', '.join(f'{k} {v}' for k, v in SHARES.items())}; {config.dtype}"
+    )
+    for role, m, spec in (("weak", p.weak, config.weak), ("strong", p.strong, config.strong)):
+        print0(
+            f"{role} {spec}: {m.blocks} blocks x (2 x {m.D} x ({m.Q} + {m.K}) + 3 x {m.D} x {m.F}) = {m.body / 1e9:.4g} G parameters, "
+            f"embeddings {m.V} x {m.D} = {m.embeddings / 1e9:.3g} G; KV a token 2 x {m.blocks} x {m.K} x {p.e} B = "
+            f"{2 * m.blocks * m.K * p.e:,} B"
+        )
+    print0(f"\n{'task':20}{'stages':38}{'count':>6}{'samples':>10}{'M tokens':>10}{'PFLOP':>11}{'GB':>8}{'hours':>9}")
+    for (task, group), c in [*groups.items(), (("all", ""), sum(groups.values(), Counter()))]:
+        print0(
+            f"{task:20}{group:38}{c['stages']:6}{c['samples']:10}{c['tokens'] / 1e6:10.1f}{c['flops'] / 1e15:11.1f}"
+            f"{c['bytes'] / 1e9:8.2f}{c['hours']:9.3f}"
+        )
+    print0("\nhow (hours of the whole run; a group's are those of its runs):")
+    for (task, group), lines in derived.items():
+        for text in lines:
+            print0(f"  {task} {group}: {text}")
+    print0(f"\npeak memory a GPU, of {gpu.gb:.4g} GB x {SHARES['memory']}, of every kind in the task that needs most:")
+    for what, parts, _ in needs.values():
+        made_of = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in parts.items())
+        print0(f"  {what}: {made_of} = {sum(parts.values()) / 1e9:.1f} GB")
+    N = p.strong.body + p.strong.embeddings
+    print0(
+        f"host memory while a node of {gpus} loads the strong model: {gpus} x 4 B x {N / 1e9:.3g} G = {4 * gpus * N / 1e9:.3g} GB"
+    )
+    weights = sum(2 * (m.body + 2 * m.embeddings) for m in (p.weak, p.strong)) / 1e9
+    print0(
+        f"disk beside the results: the models' weights, {weights:.3g} GB; as much again for first-generation Qwen, which is converted"
+    )
+    check(list(needs.values()), gpu, name)
 
 
-def line(task: str, group: str, c: dict) -> None:
-    flops = sum(c.get(k, 0) for k in EFFICIENCY)
-    print0(
-        f"{task:20}{group:28}{c['stages']:6}{c['samples']:10.0f}{c['tokens'] / 1e6:10.2f}{flops / 1e15:9.2f}"
-        f"{c['bytes'] / 1e6:8.1f}{c['hours']:9.3f}"
-    )
+def here() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())

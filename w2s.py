@@ -126,7 +126,8 @@ PRESETS = {
         limit_test=2000, max_new_tokens=150,
     ),
     "paper": dict(
-        tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=2, strong_gpus=4,
+        tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
+        cache_tokens=27_000, micro_tokens=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
     ),
 }  # fmt: skip
 PER_TASK = {  # a preset's sizes for a task that needs others (LOG.md, 2026-11-23)
@@ -166,6 +167,10 @@ class Config:
         None, "processes that share a finetuning of the weak model; others do the next (0: all)", int
     )
     strong_gpus: int | None = flag(None, "the same for the strong model", int)
+    cache_tokens: int | None = flag(None, "tokens of keys and values that a batch of debates may fill (32768)", int)
+    micro_tokens: int | None = flag(
+        None, "most tokens in one forward of finetuning; does not change the result (32768)", int
+    )
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     json: bool = flag(False, "status as JSON", bool)
     tensorboard: bool = flag(
@@ -174,6 +179,8 @@ class Config:
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
+    gpus: int | None = flag(None, "plan: GPUs of the run; default: those here", int)
+    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(estimate.GPUS))
 
     def resolved(self, task: str | None = None) -> "Config":
         """With the preset's and the paper's values filled in, and where the preset has them those of `task`.
@@ -183,7 +190,7 @@ class Config:
         defaults = dict(
             methods=tuple(METHODS), out=f"out/{self.preset}", max_sample_tokens=1024, lr=1e-5, epochs=2, batch_size=32,
             ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, chat=False, dtype="auto",
-            kernels="auto", weak_gpus=0, strong_gpus=0,
+            kernels="auto", weak_gpus=0, strong_gpus=0, cache_tokens=32768, micro_tokens=32768,
         ) | PRESETS[self.preset] | PER_TASK.get((self.preset, task), {})  # fmt: skip
         given = {k: v for k, v in vars(self).items() if v is not None and v != ()}
         config = dataclasses.replace(self, **(defaults | given))
@@ -203,6 +210,9 @@ class Config:
             "weak_lr",
             "head_lr",
             "head_epochs",
+            "cache_tokens",
+            "micro_tokens",
+            "gpus",
         ):
             value = getattr(config, name)
             if value is not None and not value > 0:
@@ -279,7 +289,9 @@ class Experiment:
 
         c = self.config
         folder = self.folder / "transcripts" / protocol
-        settings = debate.DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, engine=c.engine)
+        settings = debate.DebateConfig(
+            c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, c.cache_tokens, c.engine
+        )
         form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         if protocol == "market_making":
@@ -293,7 +305,9 @@ class Experiment:
                 for part, rows in samples.items():
                     files = {k: out / f"seed{k}" / f"{part}.jsonl" for k in turns if turns[k] == n}
                     speaker = functools.partial(debater, self.strong, settings)
-                    new = debate.make_transcripts(speaker, self.task, protocol, rows, files, n, settings.chunk, choose)
+                    new = debate.make_transcripts(
+                        speaker, self.task, protocol, rows, files, n, settings.batch_size, choose
+                    )
                     cost = {k: cost.get(k, 0) + v for k, v in new.items()}
             return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in turns}}
 
@@ -400,7 +414,7 @@ class Experiment:
         return TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
-            kernels=c.kernels,
+            kernels=c.kernels, micro_tokens=c.micro_tokens,
         )  # fmt: skip
 
     def finetuning(
@@ -582,6 +596,7 @@ def beginning(path: Path, turns: int) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+@functools.cache
 def code(function) -> str:
     """Digest of a function's source, white space aside: to edit it makes the stages that use it stale."""
     return hashlib.sha256("".join(inspect.getsource(function).split()).encode()).hexdigest()[:16]
@@ -750,6 +765,10 @@ def main() -> None:
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
     asked = parse_dataclass(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
+    if sys.argv[1] != "plan" and (asked.gpu or asked.gpus):
+        raise InputError(f"--gpu {asked.gpu} --gpus {asked.gpus}: for `w2s.py plan` only; `run` takes the GPUs it has")
+    if asked.gpu and asked.dtype in (None, "auto"):
+        asked = dataclasses.replace(asked, dtype="bfloat16")
     COMMANDS[sys.argv[1]]([Experiment(asked.resolved(task), task) for task in asked.resolved().tasks])
 
 

@@ -182,7 +182,7 @@ def debater(tiny_model):
 def transcripts(debater, samples, folder, seeds=(0,), turns=3, chunk=8, protocol="debate", choose=None):
     """File contents by debate seed."""
     files = {k: folder / f"seed{k}.jsonl" for k in seeds}
-    make_transcripts(lambda: debater, "sciq", protocol, samples, files, turns, chunk, choose)
+    make_transcripts(lambda: debater, "sciq", protocol, samples, files, turns, lambda *_, **__: chunk, choose)
     return {k: path.read_bytes() for k, path in files.items()}
 
 
@@ -260,7 +260,9 @@ def test_a_killed_run_continues_to_the_same_bytes(debater, samples, six_turns, t
     part.write_bytes(text[:-15])  # in the middle of the last line of the third of five chunks
     before, asked, kill_at = asked, [], None
     assert transcripts(debater, samples, tmp_path, seeds=(0, 1), turns=6, chunk=8) == six_turns[0]
-    assert [i for chunk in before for i in chunk] == [s["id"] for c in list(debate.chunks(samples, 8))[:3] for s in c]
+    assert [i for chunk in before for i in chunk] == [
+        s["id"] for c in list(debate.chunks(samples, lambda _: 8))[:3] for s in c
+    ]
     assert asked[0] == before[2] and len(asked) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed0.jsonl", "seed1.jsonl"]
 
@@ -268,16 +270,18 @@ def test_a_killed_run_continues_to_the_same_bytes(debater, samples, six_turns, t
 def test_finished_transcripts_need_no_model(debater, samples, three_turns, tmp_path):
     transcripts(debater, samples, tmp_path)
     files = {0: tmp_path / "seed0.jsonl"}
-    cost = make_transcripts(lambda: pytest.fail("the model was loaded"), "sciq", "debate", samples, files, 3, 8)
+    cost = make_transcripts(
+        lambda: pytest.fail("the model was loaded"), "sciq", "debate", samples, files, 3, DebateConfig().batch_size
+    )
     assert cost["new_tokens"] == cost["turns"] == 0
 
 
 def test_the_cost_is_counted(debater, samples, tmp_path):
     files = {k: tmp_path / f"seed{k}.jsonl" for k in (0, 1)}
-    cost = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 2, 4)
+    cost = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 2, lambda *_, **__: 4)
     assert cost["turns"] == 9 * 2 * 2
     assert cost["new_tokens"] == sum(sum(r["n_tokens"]) for path in files.values() for r in read_jsonl(path))
-    more = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 3, 4)
+    more = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 3, lambda *_, **__: 4)
     assert more["turns"] == 9 * 2
     assert more["new_tokens"] == sum(r["n_tokens"][2] for path in files.values() for r in read_jsonl(path))
 

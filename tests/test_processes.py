@@ -105,7 +105,7 @@ def run_debates(model: str, samples: list[dict], folder) -> None:
     debater = Debater(ModelSpec(model), DebateConfig(max_new_tokens=6, temperature=1.0, dtype="float32"))
     debater.is_end[100:150] = True
     files = {k: folder / f"seed{k}.jsonl" for k in SEEDS}
-    make_transcripts(lambda: debater, "sciq", "debate", samples, files, TURNS, CHUNK)
+    make_transcripts(lambda: debater, "sciq", "debate", samples, files, TURNS, lambda *_, **__: CHUNK)
 
 
 def texts(folder) -> dict[int, bytes]:
@@ -151,28 +151,39 @@ def test_killed_five_times_the_transcripts_are_the_same_and_nothing_finished_is_
     finish(start(1, run_debates, tiny_model("llama"), samples, tmp_path))
     assert texts(tmp_path) == wanted
     begun = (tmp_path / "begun.txt").read_text().splitlines()
-    chunks = [" ".join(s["id"] for s in c) for c in debate.chunks(samples, CHUNK)]
+    chunks = [" ".join(s["id"] for s in c) for c in debate.chunks(samples, lambda _: CHUNK)]
     assert set(begun) == set(chunks)  # the batches are always the same
     assert len(chunks) <= len(begun) <= len(chunks) + lost_at_most
 
 
 def test_torchrun_gives_the_same_bytes(tiny_model, samples, tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", samples[:9])
-    flags = ["--samples", tmp_path / "samples.jsonl", "--strong", tiny_model("llama"), "--turns", "2", "--chunk", "2"]
+    flags = [
+        "--samples",
+        tmp_path / "samples.jsonl",
+        "--strong",
+        tiny_model("llama"),
+        "--turns",
+        "2",
+        "--cache-tokens",
+        "200",
+    ]
     flags += ["--max-new-tokens", "6", "--temperature", "1", "--show", "1", "--out", tmp_path / "out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, ROOT / "debate.py", *flags], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"[s0] {samples[0]['text']}") == 1  # rank 0 alone speaks
     debater = Debater(ModelSpec(tiny_model("llama")), DebateConfig(max_new_tokens=6, temperature=1.0, dtype="float32"))
-    make_transcripts(lambda: debater, "sciq", "debate", samples[:9], {0: tmp_path / "alone.jsonl"}, 2, 9)
+    make_transcripts(
+        lambda: debater, "sciq", "debate", samples[:9], {0: tmp_path / "alone.jsonl"}, 2, lambda *_, **__: 9
+    )
     assert (tmp_path / "out/seed0.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
 
 
 def peak_memory(model: str, n: int, folder) -> None:
     debater = Debater(ModelSpec(model), DebateConfig(max_new_tokens=2, dtype="float32"))
     samples = [{"id": f"s{i}", "text": f"Q: {'why ' * (i % 5)}{i * 37 % 101} A: {i}"} for i in range(n)]
-    make_transcripts(lambda: debater, "sciq", "debate", samples, {0: folder / f"{n}.jsonl"}, 1, 32)
+    make_transcripts(lambda: debater, "sciq", "debate", samples, {0: folder / f"{n}.jsonl"}, 1, lambda *_, **__: 32)
     (folder / f"{n}.txt").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
