@@ -35,6 +35,7 @@ from common import (
     barrier,
     broadcast,
     by_id,
+    check_out,
     device,
     dump_row,
     flag,
@@ -141,13 +142,15 @@ def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0)
     logits [B, V] float32, keys [B] int64 -> [B]. Only tokens that the noise can lift to the top are looked at; the
     result is that of noise on all of them.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_p < 1:
+    if top_p < 1 and temperature > 0:
         p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
         outside = (p.cumsum(-1) - p) >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
     top, token = logits.max(-1)
+    if not top.isfinite().all():
+        raise FloatingPointError("the debater's logits are not finite; choose another --dtype or check its weights")
+    if temperature == 0:
+        return token
     within_reach = top + temperature * (gumbel(keys, token) - MAX_GUMBEL).float()
     rows, tokens = (logits >= within_reach[:, None]).nonzero(as_tuple=True)
     noisy = logits[rows, tokens].double() / temperature + gumbel(keys[rows], tokens)
@@ -519,21 +522,23 @@ class Args(DebateConfig):
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "debate.py", __doc__)
     for name, ok in {"turns": args.turns >= 1, "chunk": args.chunk >= 1, "max_new_tokens": args.max_new_tokens >= 1,
-                     "temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1}.items():  # fmt: skip
+                     "temperature": 0 <= args.temperature < float("inf"), "top_p": 0 < args.top_p <= 1,
+                     "show": args.show >= 0}.items():  # fmt: skip
         if not ok:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
     for name in ("samples", "choices"):
         if (path := getattr(args, name)) and not Path(path).is_file() or name == "samples" and not path:
             raise InputError(f"--{name} {path!r}: no such file")
-    if not args.out:
-        raise InputError("--out: name a folder")
+    check_out(args.out)
     if (args.protocol == "market_making") != bool(args.choices):
         raise InputError(
             f"--protocol {args.protocol} --choices {args.choices!r}: market_making needs the file, no other does"
         )
     samples, out = read_samples(Path(args.samples), "text"), Path(args.out)
+    from train import soft_labels
+
     weak = read_samples(Path(args.choices), "probs") if args.choices else []
-    chosen = {r["id"]: r["probs"].index(max(r["probs"])) for r in weak}
+    chosen = {r["id"]: y for r, y in zip(weak, soft_labels(weak, 2).argmax(-1).tolist(), strict=True)}
     if args.choices and not {s["id"] for s in samples} <= chosen.keys():
         raise InputError(f"--choices {args.choices}: not every sample has a prediction there")
 

@@ -33,17 +33,17 @@ from common import (
     ModelSpec,
     Stage,
     by_id,
+    check_out,
     digest,
     flag,
     is_locked,
-    load_config,
     load_tokenizer,
     locked,
     parse_dataclass,
     print0,
     rank,
-    read_json,
     read_jsonl,
+    read_manifest,
     resolve_dtype,
     run_script,
     write_jsonl,
@@ -189,10 +189,15 @@ class Config:
             "head_epochs",
         ):
             value = getattr(config, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-        if not config.temperature >= 0 or not 0 < config.top_p <= 1:
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
+        if not 0 <= config.temperature < float("inf") or not 0 < config.top_p <= 1:
             raise InputError(f"--temperature {config.temperature} must be >= 0, --top-p {config.top_p} in (0, 1]")
+        for name in ("tasks", "methods", "seeds"):
+            if len(set(values := getattr(config, name))) < len(values):
+                raise InputError(f"--{name} {' '.join(map(str, values))}: name each once")
+        if not config.out or Path(config.out).exists() and not Path(config.out).is_dir():
+            raise InputError(f"--out {config.out!r}: not a folder")
         if config.data_dir and not Path(config.data_dir).is_dir():
             raise InputError(f"--data-dir {config.data_dir!r}: no such folder")
         if any(s < 0 for s in config.seeds):
@@ -454,6 +459,9 @@ class Experiment:
         read = {part: read for *_, parts, read in runs.values() for part in parts}
         of = {part: features(read[part](part), configs[0]) for part in read}
         probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
+        for p in probs:
+            for part in p:
+                train.check_finite(p[part])
         cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
         return {name: (p, cost) for name, p in zip(runs, probs, strict=True)}
 
@@ -485,15 +493,15 @@ class Experiment:
         for seed in self.config.seeds:
             runs = {"weak_floor": self.weak_floor(seed), "strong_ceiling": self.strong_ceiling(seed)}
             for name, stage in (runs | {n: self.train_student(n, seed) for n in names}).items():
-                if read_json(stage.folder / "manifest.json"):
+                if {"config", "commit"} <= (read_manifest(stage.folder) or {}).keys():
                     supervisor = self.label_with_ensemble(name, seed).folder if name in METHODS else None
                     row = report.result_row(self.task, name, seed, self.folder, stage.folder, supervisor)
                     yield row | (self.supervision_cost(METHODS[name], seed) if supervisor else {})
 
     def supervision_cost(self, method: Method, seed: int) -> dict:
         """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
-        members = [read_json(m.folder / "manifest.json") or {} for m in self.train_members(method, seed)]
-        debates = read_json(self.folder / "transcripts" / method.context / "manifest.json") or {}
+        members = [read_manifest(m.folder) or {} for m in self.train_members(method, seed)]
+        debates = read_manifest(self.folder / "transcripts" / method.context) or {}
         samples = sum(len(read_jsonl(self.file(f"{part}.jsonl"))) for part in ("train_a", "train_b"))
         turns = samples * method.turns * len({k for k, _ in method.members})
         share = turns / debates["turns"] if debates else 0
@@ -559,9 +567,10 @@ def debater(spec: ModelSpec, settings):
 
 
 def run(experiments: list[Experiment]) -> None:
+    check_out(experiments[0].config.out)
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
     for spec in (experiments[0].weak, experiments[0].strong):
-        load_config(spec)
+        load_tokenizer(spec)  # says what is wrong with a model before anything is written
     with locked(Path(experiments[0].config.out)):
         make_all(experiments)
         if rank() == 0:
@@ -617,7 +626,7 @@ def states(experiments: list[Experiment]) -> list[dict]:
             state = "missing" if difference is None else "stale" if difference else "done"
             if state != "done" and (stage.folder / "started.json").exists() and is_locked(Path(e.config.out)):
                 state = "running"
-            seconds = (read_json(stage.folder / "manifest.json") or {}).get("seconds")
+            seconds = (read_manifest(stage.folder) or {}).get("seconds")
             name = stage.folder.relative_to(e.config.out).as_posix()
             rows.append({"stage": name, "state": state, "why": difference or [], "seconds": seconds})
     spent: dict[str, list[float]] = {}
