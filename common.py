@@ -524,7 +524,10 @@ def loading(spec: ModelSpec) -> Iterator[None]:
     except Exception as e:
         if type(e).__name__ == "OutOfMemoryError":
             raise
-        raise InputError(f"model {spec.name!r}: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        if "trust_remote_code" in str(e):
+            why = "asks for code of its own, which is never run; choose a model that transformers itself knows"
+        raise InputError(f"model {spec.name!r}: {why}") from None
 
 
 def load_config(spec: ModelSpec, **changes):

@@ -239,14 +239,18 @@ def aligned(block: list[list[int]] | Tensor) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in block])
 
 
+def check_chat(spec: ModelSpec, chat: bool, tokenizer) -> None:
+    if chat and not tokenizer.chat_template:
+        raise InputError(f"--chat: the tokenizer of {spec.name!r} has no chat template")
+
+
 class Debater:
     """The strong model as a speaker: prompts in, arguments out."""
 
     def __init__(self, spec: ModelSpec, config: DebateConfig):
         self.spec, self.config = spec, config
         self.tokenizer = load_tokenizer(spec)
-        if config.chat and not self.tokenizer.chat_template:
-            raise InputError(f"--chat: the tokenizer of {spec.name!r} has no chat template")
+        check_chat(spec, config.chat, self.tokenizer)
         ends = {self.tokenizer.eos_token_id}
         if not config.chat:  # a pretrained model goes on for ever: one turn is one paragraph
             ends |= {
@@ -420,7 +424,7 @@ def make_transcripts(
     groups: dict[int, list[int]] = {}  # turns there already -> seeds
     for seed, path in files.items():
         have = read_jsonl(path) if path.exists() else []
-        n_turns = len(by_id(have, ids, str(path))[0]["turns"]) if have else 0
+        n_turns = count_turns(by_id(have, ids, str(path)), path) if have else 0
         if n_turns < turns:
             groups.setdefault(n_turns, []).append(seed)
     cost = {"new_tokens": 0, "turns": 0}
@@ -467,6 +471,14 @@ def make_transcripts(
                 cost["new_tokens"] += sum(sum(r["n_tokens"][n_turns:]) for r in rows)
                 cost["turns"] += len(rows) * (turns - n_turns)
     return broadcast(cost)
+
+
+def count_turns(rows: list[dict], path: Path) -> int:
+    """Turns of every transcript in a file. Raises InputError where they are no transcripts of one length."""
+    lists = [row.get(key) for row in rows for key in ("sides", "turns", "n_tokens")]
+    if not all(isinstance(x, list) and len(x) == len(lists[0]) for x in lists):
+        raise InputError(f"{path}: not transcripts of one length (sides, turns, n_tokens); move the file away")
+    return len(lists[0])
 
 
 def part_files(stem: Path) -> list[Path]:

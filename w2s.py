@@ -569,8 +569,11 @@ def debater(spec: ModelSpec, settings):
 def run(experiments: list[Experiment]) -> None:
     check_out(experiments[0].config.out)
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
+    from debate import check_chat
+
     for spec in (experiments[0].weak, experiments[0].strong):
-        load_tokenizer(spec)  # says what is wrong with a model before anything is written
+        tokenizer = load_tokenizer(spec)  # says what is wrong with a model before anything is written
+    check_chat(spec, experiments[0].config.chat, tokenizer)
     with locked(Path(experiments[0].config.out)):
         make_all(experiments)
         if rank() == 0:

@@ -85,7 +85,6 @@ FLAGS = [  # script, flags behind good ones, what the line must name
     (W2S, ["--weak", "owner/name"], ("owner/name",)),  # no network
     (W2S, ["--strong", "../nowhere"], ("../nowhere", "no such folder")),
     (W2S, ["--chat"], ("--chat", "random-large", "no chat template")),
-    (W2S, ["--engine", "vllm"], ("--engine vllm", "pip install vllm")),
     (DEBATE, ["--task", "../sciq"], ("../sciq", "boolq")),
     (DEBATE, ["--protocol", "quarrel"], ("quarrel", "market_making")),
     (DEBATE, ["--seed", "one"], ("--seed", "one")),
@@ -396,7 +395,7 @@ MODELS = {
     "an index that leaves the folder": (lambda f: index(f, "../outside.safetensors"), ("../outside.safetensors",)),
     "an index of numbers": (lambda f: index(f, 7), ("'7'",)),
     "a link out of the folder": (link, ("model.safetensors is a link", "copy")),
-    "remote code": (remote_code, ("evil",)),
+    "remote code": (remote_code, ("code of its own", "never run")),
     "a remote tokenizer": (remote_tokenizer, ()),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ()),
     "tokenizer cut off": (lambda f: os.truncate(f / "tokenizer.json", 100), ()),
@@ -503,7 +502,12 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
 def test_a_proxy_that_is_not_there(good):
     tmp, defaults = good
-    env = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp / "hf")}
+    env = os.environ | {
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HOME": str(tmp / "hf"),
+    }
     flags = [*defaults[TRAIN], "--model", "owner/name"]
     end = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, env=env)
     assert_told((end.returncode, end.stderr), 2, ("owner/name",))
