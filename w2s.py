@@ -493,7 +493,8 @@ class Experiment:
         for seed in self.config.seeds:
             runs = {"weak_floor": self.weak_floor(seed), "strong_ceiling": self.strong_ceiling(seed)}
             for name, stage in (runs | {n: self.train_student(n, seed) for n in names}).items():
-                if {"config", "commit"} <= (read_manifest(stage.folder) or {}).keys():
+                have = read_manifest(stage.folder) or {}
+                if have.keys() >= {"inputs", "seconds", "commit", "device"} and "loss" in have.get("config", {}):
                     supervisor = self.label_with_ensemble(name, seed).folder if name in METHODS else None
                     row = report.result_row(self.task, name, seed, self.folder, stage.folder, supervisor)
                     yield row | (self.supervision_cost(METHODS[name], seed) if supervisor else {})
@@ -522,7 +523,12 @@ def joined(texts: Path, labels: Path) -> list[dict]:
 
 def beginning(path: Path, turns: int) -> str:
     """Digest of the first `turns` turns of a transcript file: a longer debate does not change a shorter one."""
-    rows = [[r["id"], r["sides"][:turns], r["turns"][:turns]] for r in read_jsonl(path)]
+    try:
+        rows = [[r["id"], r["sides"][:turns], r["turns"][:turns]] for r in read_jsonl(path)]
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{path}: not transcripts; move the folder away, and the same command makes them again"
+        ) from None
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
