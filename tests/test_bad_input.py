@@ -500,6 +500,18 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         common.read_jsonl(tmp_path / "rows.jsonl")
 
 
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    common.write_text(tmp_path / "a.txt", "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        common.write_text(tmp_path / "a.txt", "new and longer")
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
 def test_a_proxy_that_is_not_there(good):
     tmp, defaults = good
     env = os.environ | {
