@@ -135,16 +135,20 @@ def read_jsonl(path: Path) -> list[dict]:
     rows = []
     try:
         raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
+    except (PermissionError, IsADirectoryError) as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise InputError(f"{path}: damaged gzip ({e})") from None
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None
+        raise InputError(f"{path}: not UTF-8 ({e.reason} at byte {e.start}); convert it") from None
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as e:
+                if "\\u" in line:
+                    dump_row(row).encode()  # half a surrogate pair can be escaped, but neither tokenized nor written
+            except (ValueError, RecursionError) as e:
                 raise InputError(f"{path}:{number}: not JSON ({e})") from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: expected a JSON object, got {line[:40]!r}")
@@ -153,14 +157,34 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def read_samples(path: Path, *fields: str) -> list[dict]:
-    """Rows that each have an id of their own and `fields`. Raises InputError naming the file and what is missing."""
-    rows = read_jsonl(path)
-    for field in ("id", *fields):
-        if any(r.get(field) in (None, "") for r in rows):
-            raise InputError(f"{path}: a row lacks {field!r}")
-    if not rows or len({r["id"] for r in rows}) < len(rows):
-        raise InputError(f"{path}: {'an id stands there twice' if rows else 'no rows'}")
+    """Rows that each have an id of their own and `fields`. Raises InputError naming the file, the row and what is wrong."""
+    rows, seen = read_jsonl(path), set()
+    for number, row in enumerate(rows, 1):
+        for field in ("id", *fields):
+            value = row.get(field)
+            if value in (None, ""):
+                raise InputError(f"{path}: a row lacks {field!r} (row {number})")
+            if field in ("id", "text") and not isinstance(value, str):
+                raise InputError(f"{path}: {field} {str(value)[:40]} of row {number} must be a string, in quotes")
+        if row["id"] in seen:
+            raise InputError(f"{path}: id {row['id']!r} stands there twice; give every row an id of its own")
+        seen.add(row["id"])
+    if not rows:
+        raise InputError(f"{path}: no rows")
     return rows
+
+
+def check_out(folder: str) -> Path:
+    """The folder to write. Raises InputError where none can be made, before anything is computed for it."""
+    path = Path(folder)
+    try:
+        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    except OSError as e:
+        raise InputError(f"--out {folder!r}: {e.strerror}") from None
+    if not folder or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = f"{there} is {'not writable' if there.is_dir() else 'no folder'}" if folder else "no name"
+        raise InputError(f"--out {folder!r}: {why}; name a folder that can be written")
+    return path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -183,11 +207,11 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def by_id(rows: list[dict], ids: list[str], what: str) -> list[dict]:
-    """The rows in the order of `ids`. Raises ValueError when an id is missing, extra or there twice."""
-    table = {r["id"]: r for r in rows}
+    """The rows in the order of `ids`. Raises InputError when an id is missing, extra or there twice."""
+    table = {str(r.get("id")): r for r in rows}
     if len(table) != len(rows) or table.keys() != set(ids):
         odd = sorted(table.keys() ^ set(ids))[:3]
-        raise ValueError(
+        raise InputError(
             f"{what}: ids do not match ({len(rows)} rows for {len(ids)} samples; first that differ: {odd})"
         )
     return [table[i] for i in ids]
@@ -276,7 +300,7 @@ class Stage:
 
     def difference(self) -> list[str] | None:
         """None when there is no manifest; else what differs between the manifest and what is asked for ([]: done)."""
-        have = read_json(self.folder / "manifest.json")
+        have = read_manifest(self.folder)
         if not have:
             return have if have is None else ["manifest.json is not readable"]
         try:
@@ -324,7 +348,7 @@ class Stage:
         if difference == []:
             return None
         want, started = self.wanted(), self.folder / "started.json"
-        before = read_json(self.folder / "manifest.json") or {}
+        before = read_manifest(self.folder) or {}
         continued = read_json(started) == want or difference and difference == self.too_few(before)
         left = [p for p in self.folder.iterdir() if p.suffix != ".tmp"] if self.folder.exists() else []
         if left and not continued:
@@ -356,9 +380,18 @@ def read_json(path: Path) -> dict | None:
         have = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return have if isinstance(have, dict) else {}
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """A stage's manifest: None where there is none, empty where it is not what a stage writes."""
+    have = read_json(folder / "manifest.json")
+    parts = [(have or {}).get(part, {}) for part in ("config", "inputs", "outputs", "at_least")]
+    plain = isinstance((have or {}).get("seconds", 0), int | float)
+    whole = plain and all(isinstance(p, dict) for p in parts) and all(type(n) is int for n in parts[3].values())
+    return have if whole else {}
 
 
 def free_name(folder: Path) -> Path:
@@ -460,6 +493,8 @@ class ModelSpec:
     def parse(cls, spec: str) -> "ModelSpec":
         name, _, layers = spec.rpartition(":") if spec.rpartition(":")[2].isdigit() else (spec, "", "")
         name, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
+        if not name:
+            raise InputError(f"model {spec!r}: no name; give a hub id, a folder or one of the built-in models")
         if layers and int(layers) < 1:
             raise InputError(f"model {spec!r}: the number of layers must be at least 1")
         return cls(name, revision or None, int(layers) if layers else None)
@@ -473,10 +508,8 @@ class ModelSpec:
             return {"pretrained_model_name_or_path": str(builtin_folder(self.name))}
         if self.name in FIRST_QWEN:
             return {"pretrained_model_name_or_path": str(converted_folder(self.name, self.revision))}
-        if (read_json(Path(self.name) / "config.json") or {}).get("model_type") == "qwen":
-            raise InputError(
-                f"model {self.name!r}: a first-generation Qwen; `python -m data.qwen {self.name} OUT` converts it"
-            )
+        if Path(self.name).is_dir():
+            check_folder(Path(self.name))
         if Path(self.name).is_dir() or self.name.count("/") == 1 and not self.name.startswith((".", "/")):
             return {"pretrained_model_name_or_path": self.name, "revision": self.revision or "main"}
         raise InputError(
@@ -497,6 +530,46 @@ class ModelSpec:
         }
 
 
+def check_folder(folder: Path) -> None:
+    """Raises InputError where a model's folder leads out of itself or could not be a model's. Nothing of it is loaded."""
+    roots = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # where the hub's own cache keeps the files
+    for file in folder.rglob("*"):
+        if file.is_symlink() and not any(file.resolve().is_relative_to(r) for r in roots):
+            raise InputError(f"model {str(folder)!r}: {file.name} is a link out of the folder; copy the file into it")
+        if file.suffix == ".json" and file.stat().st_size > 100 * 2**20:
+            raise InputError(f"model {str(folder)!r}: {file.name} has {file.stat().st_size} bytes, too many for JSON")
+    config = read_json(folder / "config.json")
+    if not config:
+        what = "no" if config is None else "no readable"
+        raise InputError(f"model {str(folder)!r}: {what} config.json there; name a Hugging Face model's folder")
+    if config.get("model_type") == "qwen":
+        raise InputError(
+            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.qwen {folder} OUT` converts it"
+        )
+    shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {})
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
+    for name in names or {"model.safetensors"}:
+        if Path(name).name != name or not (folder / name).is_file():
+            only = "; of weights, only safetensors files in the folder itself are loaded, never pickles"
+            raise InputError(f"model {str(folder)!r}: no file {name!r} there{only}")
+
+
+@contextlib.contextmanager
+def loading(spec: ModelSpec) -> Iterator[None]:
+    """Whatever the libraries raise on a broken model becomes one line that names the model; a full memory stays one."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as e:
+        if type(e).__name__ == "OutOfMemoryError":
+            raise
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        if "trust_remote_code" in str(e):
+            why = "asks for code of its own, which is never run; choose a model that transformers itself knows"
+        raise InputError(f"model {spec.name!r}: {why}") from None
+
+
 def load_config(spec: ModelSpec, **changes):
     """The model's configuration with `changes`, cut to its first `layers` blocks where asked."""
     from transformers import AutoConfig
@@ -505,10 +578,8 @@ def load_config(spec: ModelSpec, **changes):
     logging.set_verbosity_error()  # its notes on unused and new weights are what cutting and a new head must cause
     logging.disable_progress_bar()
     source = spec.source()
-    try:
-        config = AutoConfig.from_pretrained(**source, **changes)
-    except (OSError, ValueError) as e:
-        raise InputError(f"model {spec.name!r}: {str(e).splitlines()[0]}") from None
+    with loading(spec):
+        config = AutoConfig.from_pretrained(**source, **changes, trust_remote_code=False)
     if spec.layers:
         if spec.layers > config.num_hidden_layers:
             raise InputError(f"model {spec.name!r} has {config.num_hidden_layers} layers, {spec.layers} were asked for")
@@ -521,8 +592,14 @@ def load_config(spec: ModelSpec, **changes):
 def load_tokenizer(spec: ModelSpec):
     from transformers import AutoTokenizer
 
-    load_config(spec)  # says in one line what is wrong with the model's name
-    tokenizer = AutoTokenizer.from_pretrained(**spec.source())
+    rows = load_config(spec).vocab_size  # says in one line what is wrong with the model's name
+    with loading(spec):
+        tokenizer = AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise InputError(
+            f"model {spec.name!r}: its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}; "
+            "give the model its own tokenizer"
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {spec.name!r}: its tokenizer has no end-of-text token")
     tokenizer.model_max_length = int(1e9)  # length limits are ours, counted and recorded
@@ -530,11 +607,19 @@ def load_tokenizer(spec: ModelSpec):
 
 
 def load_model(spec: ModelSpec, auto_class, dtype, attn_implementation: str = "sdpa", **changes):
-    """`auto_class.from_pretrained` from safetensors only, never remote code, cut to the asked number of blocks."""
+    """`auto_class.from_pretrained` from safetensors only, never remote code, cut to the asked number of blocks.
+
+    Raises InputError where the file lacks a weight (but a new head, `score`), which would be left random.
+    """
     config = load_config(spec, **changes)
-    return auto_class.from_pretrained(
-        **spec.source(), config=config, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True
-    )
+    with loading(spec):
+        model, found = auto_class.from_pretrained(
+            **spec.source(), config=config, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+    if lacking := sorted(name for name in found["missing_keys"] if not name.startswith("score.")):
+        raise InputError(f"model {spec.name!r}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
+    return model
 
 
 def device():

@@ -35,6 +35,7 @@ from common import (
     barrier,
     broadcast,
     by_id,
+    check_out,
     device,
     dump_row,
     flag,
@@ -146,13 +147,15 @@ def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0)
     logits [B, V] float32, keys [B] int64 -> [B]. Only tokens that the noise can lift to the top are looked at; the
     result is that of noise on all of them.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_p < 1:
+    if top_p < 1 and temperature > 0:
         p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
         outside = (p.cumsum(-1) - p) >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
     top, token = logits.max(-1)
+    if not top.isfinite().all():
+        raise FloatingPointError("the debater's logits are not finite; choose another --dtype or check its weights")
+    if temperature == 0:
+        return token
     within_reach = top + temperature * (gumbel(keys, token) - MAX_GUMBEL).float()
     rows, tokens = (logits >= within_reach[:, None]).nonzero(as_tuple=True)
     noisy = logits[rows, tokens].double() / temperature + gumbel(keys[rows], tokens)
@@ -241,14 +244,18 @@ def aligned(block: list[list[int]] | Tensor) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in block])
 
 
+def check_chat(spec: ModelSpec, chat: bool, tokenizer) -> None:
+    if chat and not tokenizer.chat_template:
+        raise InputError(f"--chat: the tokenizer of {spec.name!r} has no chat template")
+
+
 class Debater:
     """The strong model as a speaker: prompts in, arguments out."""
 
     def __init__(self, spec: ModelSpec, config: DebateConfig):
         self.spec, self.config = spec, config
         self.tokenizer = load_tokenizer(spec)
-        if config.chat and not self.tokenizer.chat_template:
-            raise InputError(f"--chat: the tokenizer of {spec.name!r} has no chat template")
+        check_chat(spec, config.chat, self.tokenizer)
         ends = {self.tokenizer.eos_token_id}
         if not config.chat:  # a pretrained model goes on for ever: one turn is one paragraph
             ends |= {
@@ -427,7 +434,7 @@ def make_transcripts(
     groups: dict[int, list[int]] = {}  # turns there already -> seeds
     for seed, path in files.items():
         have = read_jsonl(path) if path.exists() else []
-        n_turns = len(by_id(have, ids, str(path))[0]["turns"]) if have else 0
+        n_turns = count_turns(by_id(have, ids, str(path)), path) if have else 0
         if n_turns < turns:
             groups.setdefault(n_turns, []).append(seed)
     cost = {"new_tokens": 0, "turns": 0}
@@ -475,6 +482,14 @@ def make_transcripts(
                 cost["new_tokens"] += sum(sum(r["n_tokens"][n_turns:]) for r in rows)
                 cost["turns"] += len(rows) * (turns - n_turns)
     return broadcast(cost)
+
+
+def count_turns(rows: list[dict], path: Path) -> int:
+    """Turns of every transcript in a file. Raises InputError where they are no transcripts of one length."""
+    lists = [row.get(key) for row in rows for key in ("sides", "turns", "n_tokens")]
+    if not all(isinstance(x, list) and len(x) == len(lists[0]) for x in lists):
+        raise InputError(f"{path}: not transcripts of one length (sides, turns, n_tokens); move the file away")
+    return len(lists[0])
 
 
 def part_files(stem: Path) -> list[Path]:
@@ -530,21 +545,23 @@ class Args(DebateConfig):
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "debate.py", __doc__)
     for name, ok in {"turns": args.turns >= 1, "cache_tokens": args.cache_tokens >= 1, "max_new_tokens": args.max_new_tokens >= 1,
-                     "temperature": args.temperature >= 0, "top_p": 0 < args.top_p <= 1}.items():  # fmt: skip
+                     "temperature": 0 <= args.temperature < float("inf"), "top_p": 0 < args.top_p <= 1,
+                     "show": args.show >= 0}.items():  # fmt: skip
         if not ok:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
     for name in ("samples", "choices"):
         if (path := getattr(args, name)) and not Path(path).is_file() or name == "samples" and not path:
             raise InputError(f"--{name} {path!r}: no such file")
-    if not args.out:
-        raise InputError("--out: name a folder")
+    check_out(args.out)
     if (args.protocol == "market_making") != bool(args.choices):
         raise InputError(
             f"--protocol {args.protocol} --choices {args.choices!r}: market_making needs the file, no other does"
         )
     samples, out = read_samples(Path(args.samples), "text"), Path(args.out)
+    from train import soft_labels
+
     weak = read_samples(Path(args.choices), "probs") if args.choices else []
-    chosen = {r["id"]: r["probs"].index(max(r["probs"])) for r in weak}
+    chosen = {r["id"]: y for r, y in zip(weak, soft_labels(weak, 2).argmax(-1).tolist(), strict=True)}
     if args.choices and not {s["id"] for s in samples} <= chosen.keys():
         raise InputError(f"--choices {args.choices}: not every sample has a prediction there")
 

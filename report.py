@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import plots
 import stats
-from common import ROOT, by_id, read_jsonl, write_jsonl, write_text
+from common import ROOT, InputError, by_id, read_jsonl, write_jsonl, write_text
 
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
@@ -75,6 +75,10 @@ def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [N, K] and labels [N], in the order of the gold file."""
     labels = read_jsonl(gold)
     rows = by_id(read_jsonl(predictions), [r["id"] for r in labels], str(predictions))
+    if not all(isinstance(r.get("probs"), list) and r["probs"] for r in rows) or any("label" not in g for g in labels):
+        raise InputError(
+            f"{predictions} with {gold}: not probabilities and labels; `python w2s.py status` says what is stale"
+        )
     return np.array([r["probs"] for r in rows]), np.array([r["label"] for r in labels])
 
 

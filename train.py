@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForS
 from common import (
     InputError,
     ModelSpec,
+    check_out,
     device,
     flag,
     gather,
@@ -244,6 +245,8 @@ class Classifier:
         self.model = load_model(
             spec, AutoModelForSequenceClassification, torch.float32, num_labels=n_classes, attn_implementation="packed"
         )
+        if not hasattr(self.model, "score"):
+            raise InputError(f"model {spec.name!r}: a {self.model.config.model_type} is no decoder-only language model")
         for name in vars(self.model.config):
             if name.endswith(("dropout", "pdrop")):
                 setattr(self.model.config, name, 0.0)
@@ -520,8 +523,17 @@ def forward_all(classifier: Classifier, texts: list[str], config: TrainConfig, w
 
 
 def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Tensor:
-    """Class probabilities [N, K], float32 on the CPU."""
-    return forward_all(classifier, texts, config, classifier.logits).softmax(-1)
+    """Class probabilities [N, K], float32 on the CPU. Raises FloatingPointError on logits that are not finite."""
+    probs = forward_all(classifier, texts, config, classifier.logits).softmax(-1)
+    check_finite(probs)
+    return probs
+
+
+def check_finite(probs: Tensor) -> None:
+    if wrong := (~probs.isfinite().all(-1)).nonzero().flatten().tolist():
+        raise FloatingPointError(
+            f"logits of {len(wrong)} of {len(probs)} samples are not finite, the first is sample {wrong[0]}; try a lower --lr"
+        )
 
 
 def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], kernels: str = "auto") -> Tensor:
@@ -592,15 +604,23 @@ def main() -> None:
         if not Path(getattr(args, name)).is_file():
             raise InputError(f"--{name} {getattr(args, name)!r}: no such file")
     for name in ("lr", "epochs", "batch_size", "max_tokens", "micro_tokens"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    if not args.out or out.exists():
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0, and finite")
+    for name, most in {"alpha": 1000, "beta": 1000, "aux_coef": 1, "warmup_frac": 1}.items():
+        if not 0 <= getattr(args, name) <= most:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to {most}")
+    if check_out(args.out).exists():
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
+    resolve(args.kernels)
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
     train, test = (read_samples(Path(path), "text") for path in (args.train, args.test))
-    n_classes = max([len(r["probs"]) for r in train if isinstance(r.get("probs"), list)], default=2)
+    n_classes = max([2, *(len(r["probs"]) for r in train if isinstance(r.get("probs"), list))])
     labels = soft_labels(train, n_classes)
-    soft_labels([r for r in test if "label" in r], n_classes)
+    soft_labels([{"id": r["id"], "label": r["label"]} for r in test if "label" in r], n_classes)
+    if n_classes != 2 and (args.loss == "logconf" or args.head_init == "verbalizer"):
+        raise InputError(f"--train {args.train}: {n_classes} classes; --loss logconf and --head-init verbalizer take 2")
+    if (labels == labels[0]).all() and labels[0].max() == 1 and len(labels) > 1:
+        raise InputError(f"--train {args.train}: all {len(labels)} rows have the same label, there is nothing to learn")
     classifier = Classifier(
         ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels, sharded=True
     )

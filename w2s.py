@@ -37,19 +37,19 @@ from common import (
     ModelSpec,
     Stage,
     by_id,
+    check_out,
     digest,
     flag,
     gather,
     in_groups,
     is_locked,
-    load_config,
     load_tokenizer,
     locked,
     parse_dataclass,
     print0,
     rank,
-    read_json,
     read_jsonl,
+    read_manifest,
     resolve_dtype,
     run_script,
     write_jsonl,
@@ -215,13 +215,18 @@ class Config:
             "gpus",
         ):
             value = getattr(config, name)
-            if value is not None and not value > 0:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-        if not config.temperature >= 0 or not 0 < config.top_p <= 1:
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
+        if not 0 <= config.temperature < float("inf") or not 0 < config.top_p <= 1:
             raise InputError(f"--temperature {config.temperature} must be >= 0, --top-p {config.top_p} in (0, 1]")
         for name in ("weak_gpus", "strong_gpus"):
             if getattr(config, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative (0: all)")
+        for name in ("tasks", "methods", "seeds"):
+            if len(set(values := getattr(config, name))) < len(values):
+                raise InputError(f"--{name} {' '.join(map(str, values))}: name each once")
+        if not config.out or Path(config.out).exists() and not Path(config.out).is_dir():
+            raise InputError(f"--out {config.out!r}: not a folder")
         if config.data_dir and not Path(config.data_dir).is_dir():
             raise InputError(f"--data-dir {config.data_dir!r}: no such folder")
         if config.tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -491,6 +496,9 @@ class Experiment:
         read = {part: read for *_, parts, read in runs.values() for part in parts}
         of = {part: features(read[part](part), configs[0]) for part in read}
         probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
+        for p in probs:
+            for part in p:
+                train.check_finite(p[part])
         cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
         return {name: (p, cost) for name, p in zip(runs, probs, strict=True)}
 
@@ -541,7 +549,7 @@ class Experiment:
                     said = self.folder / f"transcripts/{m.context}/seed{k}/train_b.jsonl"
                     if stage.folder not in seen and said.exists() and before.exists() and self.is_there(stage):
                         seen.add(stage.folder)
-                        manifest = read_json(stage.folder / "manifest.json")
+                        manifest = read_manifest(stage.folder)
                         yield {
                             "task": self.task, "protocol": m.context, "turns": m.turns, "debate_seed": k,
                             "finetune_seed": j, "seed": seed, "sides": PROMPTS[self.task].sides,
@@ -556,14 +564,16 @@ class Experiment:
         for line in difference or ():
             if line.startswith(("output ", "manifest.json")):
                 raise InputError(f"{stage.folder}: {line}; `run` makes it again")
+        if difference and not read_manifest(stage.folder).keys() >= {"config", "inputs", "seconds", "commit", "device"}:
+            raise InputError(f"{stage.folder}: manifest.json lacks what a stage writes; `run` makes it again")
         if difference:
             self.otherwise.append(stage.folder.name)
         return difference is not None
 
     def supervision_cost(self, method: Method, seed: int) -> dict:
         """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
-        members = [read_json(m.folder / "manifest.json") or {} for m in self.train_members(method, seed)]
-        debates = read_json(self.folder / "transcripts" / method.context / "manifest.json") or {}
+        members = [read_manifest(m.folder) or {} for m in self.train_members(method, seed)]
+        debates = read_manifest(self.folder / "transcripts" / method.context) or {}
         samples = sum(len(read_jsonl(self.file(f"{part}.jsonl"))) for part in ("train_a", "train_b"))
         seeds = {k for k, _ in method.members}
         turns = samples * method.turns * len(seeds)
@@ -592,7 +602,12 @@ def tokens_by_turn(folder: Path) -> list[int]:
 
 def beginning(path: Path, turns: int) -> str:
     """Digest of the first `turns` turns of a transcript file: a longer debate does not change a shorter one."""
-    rows = [[r["id"], r["sides"][:turns], r["turns"][:turns]] for r in read_jsonl(path)]
+    try:
+        rows = [[r["id"], r["sides"][:turns], r["turns"][:turns]] for r in read_jsonl(path)]
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{path}: not transcripts; move the folder away, and the same command makes them again"
+        ) from None
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -638,9 +653,13 @@ def debater(spec: ModelSpec, settings):
 
 
 def run(experiments: list[Experiment]) -> None:
+    check_out(experiments[0].config.out)
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
+    from debate import check_chat
+
     for spec in (experiments[0].weak, experiments[0].strong):
-        load_config(spec)
+        tokenizer = load_tokenizer(spec)  # says what is wrong with a model before anything is written
+    check_chat(spec, experiments[0].config.chat, tokenizer)
     for size in (experiments[0].config.weak_gpus, experiments[0].config.strong_gpus):
         with in_groups(size):
             pass  # what cannot be cut is refused now
@@ -719,7 +738,7 @@ def states(experiments: list[Experiment]) -> list[dict]:
             state = "missing" if difference is None else "stale" if difference else "done"
             if state != "done" and (stage.folder / "started.json").exists() and is_locked(Path(e.config.out)):
                 state = "running"
-            seconds = (read_json(stage.folder / "manifest.json") or {}).get("seconds")
+            seconds = (read_manifest(stage.folder) or {}).get("seconds")
             name = stage.folder.relative_to(e.config.out).as_posix()
             rows.append({"stage": name, "state": state, "why": difference or [], "seconds": seconds})
     spent: dict[str, list[float]] = {}

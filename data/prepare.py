@@ -19,6 +19,7 @@ from random import Random
 from common import (
     ROOT,
     InputError,
+    check_out,
     flag,
     parse_dataclass,
     print0,
@@ -50,7 +51,10 @@ def cosmos_qa(row: dict, coin: Random) -> tuple[str, int]:
     answers = [row[f"answer{i}"] for i in range(4)]
     true = answers[row["label"]]
     label = 0 if NONE_OF_THE_ABOVE in true else int(coin.random() < 0.5)
-    shown = true if label else coin.choice([a for a in answers if a != true])
+    wrong = [a for a in answers if a != true]
+    if not wrong:
+        return "", label  # nothing to choose from: dropped
+    shown = true if label else coin.choice(wrong)
     return f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer: {shown}", label
 
 
@@ -212,6 +216,12 @@ def facts(tables: list[Path], split: str) -> list[dict]:
 # ---- samples ----
 
 
+KINDS = {  # of the fields that are no text
+    "answer": (lambda v: isinstance(v, bool), "true or false"),
+    "label": (lambda v: type(v) is int and 0 <= v <= 3, "an answer's number, 0 to 3"),
+}
+
+
 def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], dict]:
     """Samples {id, key, group, text, label} in seeded order, without incomplete and duplicate rows, and the counts."""
     task = TASKS[name]
@@ -223,6 +233,10 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         if any(row[f] is None for f in task.fields):
             counts["incomplete"] += 1
             continue
+        for f in task.fields:
+            ok, what = KINDS.get(f, (lambda v: isinstance(v, str), "a text"))
+            if not ok(row[f]):
+                raise InputError(f"task {name}: {f} {str(row[f])[:40]!r} of row {row[task.key[0]]!r:.60} is not {what}")
         key = "\x1f".join(" ".join(str(row[f]).lower().split()) for f in task.key)
         content = json.dumps([name, *(row[f] for f in task.fields)], ensure_ascii=False)
         id = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
@@ -230,6 +244,9 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         if key in samples and samples[key]["id"] <= id:  # of rows that ask the same, the smallest id stays
             continue
         text, label = task.formatter(row, Random(stable_hash("coin", seed, id)))
+        if not text.strip():
+            counts["incomplete"] += 1
+            continue
         group = row.get("group", key)
         samples[key] = {"id": id, "key": key, "group": group, "text": text, "label": label}
     return sorted(samples.values(), key=lambda s: (stable_hash("shuffle", seed, s["group"]), s["id"])), counts
@@ -270,6 +287,10 @@ def prepare(
     for part, samples in parts.items():
         if not samples:
             raise InputError(f"task {name}: no sample left in {part} ({counts})")
+        if len({s["label"] for s in samples}) == 1 and part != "test":
+            raise InputError(
+                f"task {name}: all {len(samples)} samples of {part} have label {samples[0]['label']}; more or other rows"
+            )
         labelled = part != "train_b"
         rows = [{k: s[k] for k in ("id", "text", "label") if labelled or k != "label"} for s in samples]
         counts[part] = counts.get(part, {}) | {"samples": len(rows), "positive": sum(s["label"] for s in samples)}
@@ -299,7 +320,10 @@ class Args:
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "data.prepare", __doc__)
-    if Path(args.out).exists():
+    for name in ("limit_train", "limit_test"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+    if check_out(args.out).exists():
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
     data_dir = Path(args.data_dir) if args.data_dir else None
     counts = prepare(args.task, Path(args.out), data_dir, args.limit_train, args.limit_test, seed=args.seed)

@@ -72,7 +72,10 @@ def test_hours_and_gigabytes_of_the_strong_students_of_sciq(tmp_path):
     "flags, told",
     [
         (["--gpus", "1", "--gpu", "rtx4090-24gb"], ["needs", "rtx4090-24gb has 24 GB", "would fit:", "smaller model"]),
-        (["--gpus", "8", "--gpu", "h100-80gb", "--cache-tokens", "40000"], ["sciq market_making", "--cache-tokens 27000"]),
+        (
+            ["--gpus", "8", "--gpu", "h100-80gb", "--cache-tokens", "40000"],
+            ["sciq market_making", "--cache-tokens 27000"],
+        ),
         (["--gpus", "2", "--gpu", "h100-80gb"], ["finetuning", "would fit:", "-gpus"]),
         (["--gpus", "8", "--gpu", "tpu"], ["tpu", "h100-80gb", "rtx4090-24gb"]),
         (["--gpus", "0", "--gpu", "h100-80gb"], ["--gpus 0"]),

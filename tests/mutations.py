@@ -1,0 +1,62 @@
+"""Switches each guard off in a copy of the repository, one at a time, and sees that its test fails: a table for LOG.md.
+
+python tests/mutations.py            a minute or two; not run by pytest
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GUARDS = [  # guard, file, what stands there, what stands there instead, the test that must fail
+    ("lock", "common.py", "fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "test_robust.py -k another_run_holds"),
+    ("digest check", "common.py", "elif digest(file) != recorded:", "elif False:", "test_w2s.py -k stale_stage_says"),
+    ("rename into place", "common.py", 'path.with_name(path.name + ".tmp")', "path", "test_bad_input.py -k write_that_fails"),
+    ("NaN loss", "train.py", "if not math.isfinite(value):", "if False:", "test_train.py -k loss_that_is_not_finite"),
+    ("NaN logits", "debate.py", "if not top.isfinite().all():", "if False:", "test_bad_input.py -k logits_that_are_not_finite"),
+    ("NaN predictions", "train.py", "    check_finite(probs)\n", "", "test_bad_input.py -k step_that_explodes"),
+    ("stale check", "common.py", 'for part in ("config", "inputs"):', 'for part in ("inputs",):', "test_stale.py"),
+    ("id matching", "common.py", "if len(table) != len(rows) or table.keys() != set(ids):", "if False:", "test_w2s.py -k do_not_match"),
+    (
+        "gold file", "w2s.py", 'self.label_with_ensemble(name, seed).folder / "train_b.jsonl"',
+        'self.file("train_b.gold.jsonl")', "test_w2s.py -k only_the_ceiling_opens",
+    ),
+    ("bad labels", "train.py", " or abs(sum(probs) - 1) > 1e-3", "", "test_bad_input.py -k labels_that_are_none"),
+    ("missing weights", "common.py", "if lacking := sorted(", "if lacking := False and sorted(", "test_bad_input.py -k bad_models"),
+    ("vocabulary", "common.py", ">= rows:", ">= 1e9:", "test_bad_input.py -k bad_models"),
+    ("links out of a model's folder", "common.py", "if file.is_symlink() and", "if False and", "test_bad_input.py -k bad_models"),
+    ("shard names", "common.py", "if Path(name).name != name or", "if", "test_bad_input.py -k bad_models"),
+    ("remote code", "common.py", ", trust_remote_code=False)\n    if (highest", ")\n    if (highest", "test_bad_input.py -k says_no_to_its_code"),
+]  # fmt: skip
+
+
+def main() -> None:
+    survived = 0
+    print("| guard | switched off | test that failed |\n|---|---|---|")
+    for guard, file, old, new, test in GUARDS:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(
+                shutil.copytree(ROOT, Path(folder) / "copy", ignore=shutil.ignore_patterns(".git", "out", ".venv"))
+            )
+            source = (copy / file).read_text()
+            assert source.count(old) == 1, (guard, old)
+            (copy / file).write_text(source.replace(old, new))
+            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *test.split()]
+            end = subprocess.run(command, cwd=copy / "tests", capture_output=True, text=True)
+        failed = [
+            line.split(" - ")[0].removeprefix("FAILED ")
+            for line in end.stdout.splitlines()
+            if line.startswith("FAILED")
+        ]
+        survived += end.returncode != 1
+        print(
+            f"| {guard} | {file}: `{old.strip()}` | {failed[0] if failed else f'none (exit code {end.returncode})'} |",
+            flush=True,
+        )
+    sys.exit(bool(survived))
+
+
+if __name__ == "__main__":
+    main()
