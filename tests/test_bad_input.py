@@ -88,7 +88,7 @@ FLAGS = [  # script, flags behind good ones, what the line must name
     (DEBATE, ["--task", "../sciq"], ("../sciq", "boolq")),
     (DEBATE, ["--protocol", "quarrel"], ("quarrel", "market_making")),
     (DEBATE, ["--seed", "one"], ("--seed", "one")),
-    (DEBATE, ["--chunk", "0"], ("--chunk 0",)),
+    (DEBATE, ["--cache-tokens", "0"], ("--cache-tokens 0",)),
     (DEBATE, ["--max-new-tokens", "-1"], ("--max-new-tokens -1",)),
     (DEBATE, ["--temperature", "inf"], ("--temperature inf",)),
     (DEBATE, ["--top-p", "nan"], ("--top-p nan",)),
