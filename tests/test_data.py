@@ -158,7 +158,7 @@ def test_too_long_samples_are_dropped_for_all_models_and_counted(tmp_path):
     lengths = [30, 49, 50, 51, 80]  # of "Q: ... A: x" in bytes
     rows = [question(0, question=str(n).ljust(n - 8, "?"), correct_answer="x") for n in lengths]
     rows = [r | {f"distractor{n}": str(n) for n in (1, 2, 3)} for r in rows]
-    write_jsonl(tmp_path / "source/sciq/train.jsonl", rows + [question(i) for i in range(4)])
+    write_jsonl(tmp_path / "source/sciq/train.jsonl", rows + [question(i) for i in range(6)])
     write_jsonl(tmp_path / "source/sciq/test.jsonl", [r | {"question": "t" + r["question"][:-1]} for r in rows])
     bytes_ = load_tokenizer(ModelSpec("random-small"))
     counts, parts = prepared("sciq", tmp_path / "data", tmp_path / "source", tokenizers=(bytes_,), max_tokens=50)
