@@ -23,7 +23,7 @@ def tiny_config(family: str, n_layers: int):
     """A configuration of a few thousand weights over 257 bytes; grouped queries where the family has them."""
     import transformers as t
 
-    common = dict(vocab_size=257, bos_token_id=None, eos_token_id=0)  # as many real models, without a pad token
+    common = dict(vocab_size=258, bos_token_id=None, eos_token_id=0)  # as many real models, without a pad token
     llama = dict(
         hidden_size=16, intermediate_size=24, num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -309,7 +309,7 @@ def naive_transcript(debater, sample_row, protocol, seed, turns):
             if debater.is_end[token]:
                 break
             said.append(token)
-        text = " ".join(debater.tokenizer.decode(said).split())
+        text = " ".join(debater.tokenizer.decode(said, skip_special_tokens=True).split())
         row["sides"].append(side)
         row["turns"].append(text)
         row["n_tokens"].append(len(said))
@@ -329,7 +329,7 @@ def test_the_cache_changes_nothing(family, tiny_model, samples):
 
 def test_a_turn_may_outgrow_the_buffer_of_its_prompt(debater, samples, monkeypatch):
     monkeypatch.setattr(debater, "config", DebateConfig(max_new_tokens=100, temperature=0.7, top_p=0.9))
-    monkeypatch.setattr(debater, "is_end", torch.zeros(257, dtype=torch.bool))
+    monkeypatch.setattr(debater, "is_end", torch.zeros(258, dtype=torch.bool))
     [[got]] = run_protocol(debater, "sciq", "debate", samples[:1], [0], 2)
     assert got["n_tokens"] == [100, 100] and got == naive_transcript(debater, samples[0], "debate", 0, 2)
 
@@ -404,7 +404,7 @@ def test_a_consultant_keeps_its_side(debater, samples):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_every_turn_has_a_token(debater, samples, monkeypatch, temperature):
-    monkeypatch.setattr(debater, "is_end", torch.arange(257) >= 8)
+    monkeypatch.setattr(debater, "is_end", torch.arange(258) >= 8)
     monkeypatch.setattr(debater, "config", DebateConfig(max_new_tokens=4, temperature=temperature))
     [rows] = run_protocol(debater, "sciq", "debate", samples[:8], [0], 3)
     lengths = [n for r in rows for n in r["n_tokens"]]

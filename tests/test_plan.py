@@ -71,7 +71,10 @@ def test_hours_and_gigabytes_of_the_strong_students_of_sciq(tmp_path):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        (["--gpus", "1", "--gpu", "rtx4090-24gb"], ["needs", "rtx4090-24gb has 24 GB", "would fit:", "smaller model"]),
+        (
+            ["--gpus", "1", "--gpu", "rtx4090-24gb"],
+            ["needs", "rtx4090-24gb has 24 GB", "would fit: --strong-gpus 16 --gpus 16"],
+        ),
         (
             ["--gpus", "8", "--gpu", "h100-80gb", "--cache-tokens", "40000"],
             ["sciq market_making", "--cache-tokens 27000"],
@@ -159,7 +162,7 @@ def test_memory_is_what_was_measured(tmp_path, family):
 
     kind = {"llama": (t.LlamaConfig, t.LlamaForCausalLM), "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM)}[family]
     config = kind[0](
-        vocab_size=257, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=258, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2 if family == "llama" else 4, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     kind[1](config).to(torch.bfloat16).save_pretrained(tmp_path)

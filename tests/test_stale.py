@@ -20,7 +20,9 @@ from w2s import Config, Experiment
 
 METHODS = ("finetune", "ours", "market_making", "no_argument")
 PARTS = ("train_a", "train_b")
-DEBATES, WEAK, STRONG = {"debate", "market_making"}, {"floor", "reader", "sides"}, {"student", "ceiling"}
+LABELLED = {"naive": "floor", "read": "reader", "sides": "sides"}  # by whom a student's labels are made
+DEBATES, WEAK = {"debate", "market_making"}, {"floor", "reader", "sides"}
+STRONG = {"ceiling", *(f"{who} student" for who in LABELLED)}
 TRAINED = WEAK | STRONG
 
 # Written by hand, from the paper's steps: what a field is read by, and what a kind of stage is made from.
@@ -32,6 +34,10 @@ READ_BY = {
     "ramp": ("linear", TRAINED),
     "checkpointing": (True, TRAINED),
     "dtype": ("bfloat16", DEBATES | TRAINED),
+    "micro_tokens": (99, TRAINED),
+    "cache_tokens": (99, DEBATES),
+    "weak_gpus": (1, set()),
+    "strong_gpus": (1, set()),
     "temperature": (0.3, DEBATES),
     "top_p": (0.5, DEBATES),
     "max_new_tokens": (7, DEBATES),
@@ -52,18 +58,23 @@ MADE_FROM = {
     "market_making": {"data", "floor"},
     "reader": {"data", "debate", "market_making"},
     "sides": {"data"},
-    "labels": {"floor", "reader", "sides"},
-    "student": {"data", "labels"},
     "ceiling": {"data"},
 }
+for who, member in LABELLED.items():
+    MADE_FROM |= {f"{who} labels": {member}, f"{who} student": {"data", f"{who} labels"}}
 
 
 def kind_of(stage: Stage) -> str:
     name, folder = stage.folder.name, stage.folder.parent.name
     if folder == "predictions":
         starts = {"weak-naive": "floor", "weak-no_argument": "sides", "weak": "reader", "strong-ceiling": "ceiling"}
-        return next((kind for start, kind in starts.items() if name.startswith(start)), "student")
-    return "labels" if stage.folder.parts[-3] == "weak_labels" else name
+        student = f"{who_labels(name.split('-')[1])} student"
+        return next((kind for start, kind in starts.items() if name.startswith(start)), student)
+    return f"{who_labels(folder)} labels" if stage.folder.parts[-3] == "weak_labels" else name
+
+
+def who_labels(method: str) -> str:
+    return {"finetune": "naive", "no_argument": "sides"}.get(method, "read")
 
 
 def closed(kinds: set[str], seen: set[str]) -> set[str]:
@@ -111,6 +122,7 @@ def done(tmp_path_factory):
 def test_the_table_knows_every_kind_of_stage_and_every_field(done):
     assert {kind_of(s) for s in experiment(done).stages()} == {"data", *MADE_FROM}
     others = {"preset", "tasks", "data_dir", "out", "kernels", "engine", "keep_models", "head_only", "head_epochs"}
+    others |= {"tensorboard", "gpus", "gpu"}
     assert {f.name for f in dataclasses.fields(Config)} == READ_BY.keys() | others
 
 
