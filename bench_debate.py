@@ -1,11 +1,12 @@
 """New tokens a second of whole debates: generate one by one and in batches, continuous batching, ours, vLLM if installed.
 
-    python bench_debate.py --data-dir DIR --samples 256 --csv results/bench_debate.csv
+    python bench_debate.py --data-dir DIR --csv results/bench_debate.csv
 
-Same model, samples, prompts, temperature and number of new tokens for all: no token ends a turn. Every engine goes turn
-by turn, each prompt being the question, what was said, the instruction; the others read it whole every turn, in
-batches of like length. Engines take turns within a round and the order changes from round to round; the table has
-medians over rounds, and the ratios are medians of the rounds' own. Alone on the machine only; sampling noise differs.
+Debates of 64 samples with 4 seeds each, as the method has them. Same model, samples, prompts, temperature and number of
+new tokens for all: no token ends a turn. Every engine goes turn by turn, each prompt being the question, what was said, the
+instruction; the others read it whole every turn, in batches of like length; ours reads once what a sample's seeds share.
+Engines take turns within a round and the order changes from round to round; the table has medians over rounds, and the
+ratios are medians of the rounds' own. Alone on the machine only; sampling noise differs.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ from common import (
 )
 from debate import ENGINES, DebateConfig, Debater, aligned, assign_side, chunks, run_protocol
 
+ENGINE_NAMES = ("generate one by one", "generate in batches", "ours", "continuous batching", "vllm")
 Engine = Callable[[list[list[int]]], list[list[int]]]  # prompts of one turn -> its tokens
 
 
@@ -46,13 +48,15 @@ class Args:
     data_dir: str | None = flag(None, "folder with <task>/<split>.jsonl[.gz] in the hub's schema; default: the hub")
     strong: str = flag("smollm2-135m", "the debating model: hub id, folder or built-in model")
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
-    samples: int = flag(256, "samples of the task, one debate each", int)
+    samples: int = flag(64, "samples of the task", int)
+    seeds: int = flag(4, "debates of each sample", int)
     turns: int = flag(3, "turns of each debate", int)
     max_new_tokens: int = flag(48, "tokens of each turn, never fewer", int)
     temperature: float = flag(0.7, "of sampling", float)
     batches: tuple = flag((16, 32, 64, 128), "batch sizes that are tried, of generate and of ours", int)
     alone: int = flag(16, "samples that one by one gets: its rate does not depend on their number", int)
     rounds: int = flag(3, "runs of every engine", int)
+    engines: tuple = flag((), "only these; default: all", choices=ENGINE_NAMES)
     csv: str = flag("", "file for every run")
 
 
@@ -115,15 +119,19 @@ def continuous(model: torch.nn.Module, requests: int) -> Engine:
 
 def ours(debater: Debater, args: Args, samples: list[dict], chunk: int) -> list[list[int]]:
     """Number of new tokens by turn, of every debate."""
-    rows = [run_protocol(debater, args.task, "debate", c, [0], args.turns)[0] for c in chunks(samples, lambda _: chunk)]
-    return [r["n_tokens"] for part in rows for r in part]
+    at_once, seeds = max(1, chunk // args.seeds), list(range(args.seeds))
+    parts = [
+        run_protocol(debater, args.task, "debate", c, seeds, args.turns) for c in chunks(samples, lambda _: at_once)
+    ]
+    return [r["n_tokens"] for part in parts for rows in part for r in rows]
 
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "bench_debate.py", __doc__)
     spec, config = ModelSpec.parse(args.strong), DebateConfig(args.max_new_tokens, args.temperature, dtype=args.dtype)
     samples = sorted(load_samples(args), key=lambda s: len(s["text"]))
-    few = samples[:: max(1, len(samples) // args.alone)]
+    debates = [s for s in samples for _ in range(args.seeds)]
+    few = debates[:: max(1, len(debates) // args.alone)]
 
     def endless(debater: Debater) -> Debater:
         debater.is_end[:] = False
@@ -146,34 +154,45 @@ def main() -> None:
         ("generate one by one", 1): lambda: others(in_batches(models[0], 1), few)
     }
     for n in args.batches:
-        runs["generate in batches", n] = lambda n=n: others(in_batches(models[0], n), samples)
+        runs["generate in batches", n] = lambda n=n: others(in_batches(models[0], n), debates)
         runs["ours", n] = lambda n=n: own(debater, n)
-    runs["continuous batching", max(args.batches)] = lambda: others(continuous(models[1], max(args.batches)), samples)
+    runs["continuous batching", max(args.batches)] = lambda: others(continuous(models[1], max(args.batches)), debates)
     if importlib.util.find_spec("vllm"):
         vllm = endless(ENGINES["vllm"](spec, config))
-        runs["vllm", len(samples)] = lambda: own(vllm, len(samples))
+        runs["vllm", len(debates)] = lambda: own(vllm, len(debates))
     else:
         print("vllm: not installed here")
 
+    runs = {run: work for run, work in runs.items() if run[0] in (args.engines or ENGINE_NAMES)}
     facts = provenance() | {"dtype": str(models[0].dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     print(facts)
-    lines = ["round,engine,batch,debates,new_tokens,seconds,tokens_per_second," + ",".join(facts)]
+    lines = ["round,engine,batch,seeds,debates,new_tokens,seconds,tokens_per_second," + ",".join(facts)]
     rates: dict[tuple[str, int], list[float]] = {}
     for r in range(args.rounds):
         order = list(runs)[r % len(runs) :] + list(runs)[: r % len(runs)]
         for name, batch in order:
-            debates = len(few) if batch == 1 else len(samples)
+            n_debates = len(few) if batch == 1 else len(debates)
             torch.manual_seed(r)
             start = time.perf_counter()
             tokens = runs[name, batch]()
             seconds = time.perf_counter() - start
-            if tokens != debates * args.turns * args.max_new_tokens:
+            if tokens != n_debates * args.turns * args.max_new_tokens:
                 print(
-                    f"{name} ({batch}): made {tokens} tokens of {debates * args.turns * args.max_new_tokens}; left out"
+                    f"{name} ({batch}): made {tokens} tokens of {n_debates * args.turns * args.max_new_tokens}; left out"
                 )
                 continue
             rates.setdefault((name, batch), []).append(tokens / seconds)
-            row = [r, name, batch, debates, tokens, f"{seconds:.2f}", f"{tokens / seconds:.2f}", *facts.values()]
+            row = [
+                r,
+                name,
+                batch,
+                args.seeds,
+                n_debates,
+                tokens,
+                f"{seconds:.2f}",
+                f"{tokens / seconds:.2f}",
+                *facts.values(),
+            ]
             lines.append(",".join(f'"{v}"' if "," in str(v) else str(v) for v in row))
             print(f"round {r} {name:20} batch {batch:4}: {tokens / seconds:8.1f} tokens/s", flush=True)
             if args.csv:
