@@ -182,17 +182,8 @@ def main() -> None:
                 )
                 continue
             rates.setdefault((name, batch), []).append(tokens / seconds)
-            row = [
-                r,
-                name,
-                batch,
-                args.seeds,
-                n_debates,
-                tokens,
-                f"{seconds:.2f}",
-                f"{tokens / seconds:.2f}",
-                *facts.values(),
-            ]
+            measured = [tokens, f"{seconds:.2f}", f"{tokens / seconds:.2f}"]
+            row = [r, name, batch, args.seeds, n_debates, *measured, *facts.values()]
             lines.append(",".join(f'"{v}"' if "," in str(v) else str(v) for v in row))
             print(f"round {r} {name:20} batch {batch:4}: {tokens / seconds:8.1f} tokens/s", flush=True)
             if args.csv:

@@ -101,15 +101,14 @@ def reader(out: Path, debates: list[dict]) -> tuple[list[dict], int]:
 
     Of every protocol and debate seed the weak model of the first replicate that reads it.
     """
-    sources = []
-    for row in sorted(
-        {r["transcripts"]: r for r in reversed(debates)}.values(), key=lambda r: r["protocol"] == "debate"
-    ):
+    sources, first = [], {}
+    for row in debates:
+        first.setdefault(row["transcripts"], row)
+    for row in sorted(first.values(), key=lambda r: r["protocol"] != "debate"):
         gold = read_jsonl(out / row["task"] / "data/train_b.gold.jsonl")
         ids, names = [r["id"] for r in gold], ("transcripts", "before", "predictions")
         files = [out / row["task"] / "data/train_b.jsonl", *(out / row[n] for n in names)]
         sources.append((row, list(zip(gold, *(by_id(read_jsonl(f), ids, str(f)) for f in files), strict=True))))
-    sources.reverse()
     entries, size, total = [], 0, sum(len(samples) for _, samples in sources)
     for n in range(max((len(samples) for _, samples in sources), default=0)):
         for row, samples in sources:

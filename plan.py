@@ -305,18 +305,16 @@ class Plan:
 
     def finetune_needs(self, name: str, heads: bool) -> list[tuple]:
         """Peak memory of a run and of its predictions, as (what, parts, remedies)."""
-        m, longest = (
-            self.weak if name.startswith("weak") else self.strong,
-            length_read(name, self.longest, self.c.max_new_tokens),
-        )
+        m, G = self.weak if name.startswith("weak") else self.strong, self.group(name)
+        longest = length_read(name, self.longest, self.c.max_new_tokens)
 
-        G = self.group(name)
+        def at_once(gpus: int, most: int) -> int:
+            return max(longest, min(math.ceil(self.c.batch_size / gpus) * longest, most))
 
         def parts(gpus=G, most=self.c.micro_tokens, checkpointing=self.c.checkpointing) -> dict:
-            tokens = max(longest, min(math.ceil(self.c.batch_size / gpus) * longest, most))
-            return finetuning_memory(m, gpus, tokens, longest, checkpointing, self.e, self.gpu.flash)
+            return finetuning_memory(m, gpus, at_once(gpus, most), longest, checkpointing, self.e, self.gpu.flash)
 
-        tokens = max(longest, min(math.ceil(self.c.batch_size / G) * longest, self.c.micro_tokens))
+        tokens = at_once(G, self.c.micro_tokens)
         read = min(4096, self.c.micro_tokens)
         state = predicting_memory(m, 1 if heads else G, read, self.e, self.gpu.flash, training=not heads)
         predicting = [(f"{self.task} {name}: predictions, {read} tokens a forward", state, [])]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import plots
 import stats
-from common import ROOT, InputError, by_id, read_jsonl, write_jsonl, write_text
+from common import ROOT, InputError, by_id, read_jsonl, read_manifest, write_jsonl, write_text
 
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
@@ -29,7 +29,7 @@ def result_row(task: str, method: str, seed: int, folder: Path, run: Path, super
     Of a student also how good its weak labels were, and how often it says on train_b what they say, where they are right
     and where they are wrong.
     """
-    manifest = json.loads((run / "manifest.json").read_text())
+    manifest = read_manifest(run)
     probs, labels = scored(run / "test.jsonl", folder / "data/test.jsonl")
     row = {
         "task": task, "method": method, "seed": seed, **quality(probs, labels),
@@ -185,13 +185,12 @@ def percent(cell: dict, what: str, digits: int = 1) -> Number | str:
     return Number(text, what, cell.get(f"{what}_rows", cell["rows"]))
 
 
-def mean_of(rows: list[dict], fields: str, form: str = "{:.1f}", scale: float = 100) -> Number | str:
-    """The mean over rows of a field, or of the sum of `fields` ("a+b"); empty where a row has none."""
-    values = [[r.get(f) for f in fields.split("+")] for r in rows]
-    if any(v is None for value in values for v in value):
+def mean_of(rows: list[dict], field: str, form: str = "{:.1f}", scale: float = 100) -> Number | str:
+    """The mean over rows of a field; empty where a row has none."""
+    values = [r.get(field) for r in rows]
+    if None in values:
         return ""
-    mean = sum(map(sum, values)) / len(values)
-    return Number(form.format(scale * mean), fields, tuple(r["digest"] for r in rows))
+    return Number(form.format(scale * sum(values) / len(values)), field, tuple(r["digest"] for r in rows))
 
 
 def table_of_means(name: str, title: str, groups: dict, columns: dict[str, tuple], note: str) -> Table:
