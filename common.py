@@ -461,6 +461,10 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         with distributed():
             main()
+        if world_size() > 1:  # gloo's threads live on and, rarely, abort an interpreter that is shutting down
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except InputError as e:
         print0(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from conftest import ROOT
 from torch.testing import assert_close
 
 import train
-from common import ModelSpec, distributed, in_groups, rank, read_jsonl
+from common import ModelSpec, in_groups, rank, read_jsonl, run_script
 from kernels import conf_loss
 from train import TrainConfig
 
@@ -132,26 +133,18 @@ def test_four_processes_in_groups_of_two_train_two_models_at_once(tiny_model, al
 
 
 def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
-    flags = [
-        "--preset",
-        "smoke",
-        "--tasks",
-        "sciq",
-        "--methods",
-        "finetune",
-        "--weak-gpus",
-        2,
-        "--out",
-        tmp_path / "out",
-    ]
-    run = torchrun(ROOT / "w2s.py", "run", *flags, ranks=3)
+    flags = ["--preset", "smoke", "--tasks", "sciq", "--methods", "finetune", "--weak-gpus", 2]
+    run = torchrun(ROOT / "w2s.py", "run", *flags, "--out", tmp_path / "out", ranks=3)
     told = run.communicate(timeout=300)[0]
     assert run.returncode != 0 and "3 processes cannot be cut into groups of 2" in told
 
 
-if __name__ == "__main__":
-    with distributed(), in_groups(int(sys.argv[3]) if len(sys.argv) > 3 else 0) as (mine, groups):
+def main() -> None:
+    with in_groups(int(sys.argv[3]) if len(sys.argv) > 3 else 0) as (mine, groups):
         result = finetuned(sys.argv[1])
         if rank() == 0:
-            with open(sys.argv[2] + (str(mine) if groups > 1 else ""), "w") as f:
-                json.dump(result, f)
+            Path(sys.argv[2] + (str(mine) if groups > 1 else "")).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_script(main)
