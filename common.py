@@ -347,24 +347,30 @@ class Stage:
         difference = self.difference()
         if difference == []:
             return None
-        want, started = self.wanted(), self.folder / "started.json"
-        before = read_manifest(self.folder) or {}
-        continued = read_json(started) == want or difference and difference == self.too_few(before)
-        left = [p for p in self.folder.iterdir() if p.suffix != ".tmp"] if self.folder.exists() else []
-        if left and not continued:
+        want, before = self.wanted(), read_manifest(self.folder) or {}
+        if why := self.in_the_way():
             before, aside = {}, free_name(self.folder)
-            why = "; ".join(difference or ["begun with other settings"])
             print0(f"stale: {self.folder} ({why}); the old files are now in {aside.name}")
             os.replace(self.folder, aside)
-        write_text(started, json.dumps(want))
+        write_text(self.folder / "started.json", json.dumps(want))
         return want, before
+
+    def in_the_way(self) -> str:
+        """Why the files in the folder are not this stage's, finished or begun; empty where they are, or there are none."""
+        difference = self.difference()
+        files = [p for p in self.folder.iterdir() if is_output(p)] if self.folder.exists() else []
+        if not files or difference == [] or read_json(self.folder / "started.json") == self.wanted():
+            return ""
+        if difference and difference == self.too_few(read_manifest(self.folder) or {}):
+            return ""
+        return "; ".join(difference or ["begun with other settings"])
 
     def finish(self, want: dict, before: dict, spent: dict) -> None:
         """Write the manifest: what was wanted, what there is, what it cost."""
         outputs = {
             p.relative_to(self.folder).as_posix(): digest(p)
             for p in sorted(self.folder.rglob("*"))
-            if p.is_file() and p.name not in ("manifest.json", "started.json", "steps.jsonl")
+            if p.is_file() and is_output(p) and p.name not in ("manifest.json", "started.json", "steps.jsonl")
         }
         if before:  # continued: what it cost before counts too
             spent |= {k: v + before.get(k, 0) for k, v in spent.items() if isinstance(v, int | float)}
@@ -372,6 +378,11 @@ class Stage:
         manifest = want | {"at_least": more, "outputs": outputs, **spent, **provenance()}
         write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         (self.folder / "started.json").unlink()
+
+
+def is_output(path: Path) -> bool:
+    """Whether a file of a stage's folder is more than a lock or a half-written file."""
+    return path.name != ".lock" and path.suffix != ".tmp"
 
 
 def read_json(path: Path) -> dict | None:
@@ -610,8 +621,10 @@ def load_tokenizer(spec: ModelSpec):
     return tokenizer
 
 
-def load_model(spec: ModelSpec, auto_class, dtype, attn_implementation: str = "sdpa", **changes):
+def load_model(spec: ModelSpec, auto_class, dtype, attn_implementation: str = "sdpa", parallel=None, **changes):
     """`auto_class.from_pretrained` from safetensors only, never remote code, cut to the asked number of blocks.
+
+    `parallel`: a transformers DistributedConfig that spreads it over the processes.
 
     Raises InputError where the file lacks a weight (but a new head, `score`), which would be left random.
     """
@@ -619,7 +632,7 @@ def load_model(spec: ModelSpec, auto_class, dtype, attn_implementation: str = "s
     with loading(spec):
         model, found = auto_class.from_pretrained(
             **spec.source(), config=config, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True,
+            trust_remote_code=False, output_loading_info=True, distributed_config=parallel,
         )  # fmt: skip
     if lacking := sorted(name for name in found["missing_keys"] if not name.startswith("score.")):
         raise InputError(f"model {spec.name!r}: its files lack {len(lacking)} weights, the first is {lacking[0]}")

@@ -24,14 +24,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
 from common import (
     InputError,
     ModelSpec,
+    Stage,
     barrier,
     broadcast,
     by_id,
@@ -42,10 +43,12 @@ from common import (
     load_config,
     load_model,
     load_tokenizer,
+    locked,
     parse_dataclass,
     print0,
     rank,
     read_jsonl,
+    read_manifest,
     read_samples,
     resolve_dtype,
     run_script,
@@ -68,7 +71,8 @@ class DebateConfig:
     )
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
     cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int)
-    engine: str = flag("own", "what generates", choices=("own", "vllm"))
+    engine: str = flag("own", "what generates: own (a copy of the model a process), sharded (one for all), vllm",
+                       choices=("own", "sharded", "vllm"))  # fmt: skip
 
     def batch_size(self, characters: int, seeds: int, turns: int) -> int:
         """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
@@ -272,7 +276,7 @@ class Debater:
 
     def load(self) -> None:
         dtype = resolve_dtype(self.config.dtype)
-        self.model = load_model(self.spec, AutoModelForCausalLM, dtype).to(device()).eval()
+        self.model = load_model(self.spec, transformers.AutoModelForCausalLM, dtype).to(device()).eval()
 
     def tokens(self, text: str, start: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
@@ -328,6 +332,25 @@ class Debater:
         return said
 
 
+class ShardedDebater(Debater):
+    """One copy of the model over all processes, by transformers' tensor parallel plan: for a model that fits no single GPU.
+
+    All processes make the same batch and come to the same tokens; texts differ from the others' by rounding alone.
+    """
+
+    def load(self) -> None:
+        if world_size() == 1:
+            raise InputError("--engine sharded: spreads a model over processes, here is one; start with torchrun")
+        heads = load_config(self.spec).num_key_value_heads
+        if heads % world_size():
+            raise InputError(
+                f"--engine sharded: {world_size()} processes cannot share the {heads} key heads of {self.spec.name!r}"
+            )
+        plan = transformers.distributed.DistributedConfig(tp_size=world_size(), tp_plan="auto")
+        dtype = resolve_dtype(self.config.dtype)
+        self.model = load_model(self.spec, transformers.AutoModelForCausalLM, dtype, parallel=plan).eval()
+
+
 class VllmDebater(Debater):
     """The same prompts and end tokens through vLLM on one GPU: an extra that the user installs. Untested on a GPU so far.
 
@@ -365,7 +388,7 @@ class VllmDebater(Debater):
         return [ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said]  # it keeps the end token
 
 
-ENGINES = {"own": Debater, "vllm": VllmDebater}
+ENGINES = {"own": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}
 
 
 # ---- protocols ----
@@ -421,14 +444,15 @@ def chunks(samples: list[dict], size: Callable[[int], int]) -> Iterator[list[dic
 
 def make_transcripts(
     debater: Callable[[], Debater], task: str, protocol: str, samples: list[dict], files: dict[int, Path], turns: int,
-    size: Callable[[int, int, int], int], choose: Chooser | None = None,
+    size: Callable[[int, int, int], int], choose: Chooser | None = None, together: bool = False,
 ) -> dict:  # fmt: skip
     """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
 
-    `size` of characters, seeds and turns is how many samples are generated at once (DebateConfig.batch_size). These chunks are appended to part files as they finish and the whole is renamed at the end. A file that holds fewer turns
+    `size` of characters, seeds and turns is how many samples are generated at once (DebateConfig.batch_size). These
+    chunks are appended to part files as they finish and the whole is renamed at the end. A file that holds fewer turns
     is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
-    processes each takes every so-manieth chunk and has part files of its own; what a run with any number of them has
-    left is used, and rank 0 joins the parts.
+    processes each takes every so-manieth chunk and has part files of its own, unless they make every chunk `together`;
+    what a run with any number of them has left is used, and rank 0 joins the parts.
     """
     ids = [s["id"] for s in samples]
     groups: dict[int, list[int]] = {}  # turns there already -> seeds
@@ -449,7 +473,8 @@ def make_transcripts(
         barrier()
         at_once = functools.partial(size, seeds=len(seeds), turns=turns)
         pending = [c for c in chunks(samples, at_once) if not all(s["id"] in done[k] for k in seeds for s in c)]
-        mine = pending[rank() :: world_size()]
+        me, copies = (0, 1) if together else (rank(), world_size())
+        mine = pending[me::copies]
         bar = tqdm(total=sum(map(len, mine)) * len(seeds) * (turns - n_turns), unit="turn", disable=rank() > 0 or None)
         bar.set_description(f"{task} {protocol} seeds {seeds}")
         start, new = time.time(), 0
@@ -466,10 +491,11 @@ def make_transcripts(
             )
             for k, seed_rows in zip(seeds, rows, strict=True):
                 fresh = [r for r in seed_rows if r["id"] not in done[k]]
-                append_rows(stems[k].with_name(f"{stems[k].name}.rank{rank()}of{world_size()}"), fresh)
+                if rank() == me:
+                    append_rows(stems[k].with_name(f"{stems[k].name}.rank{me}of{copies}"), fresh)
                 new += sum(sum(r["n_tokens"][n_turns:]) for r in fresh)
             bar.update(len(c) * len(seeds) * (turns - n_turns))
-            each = f" x {world_size()} processes" if world_size() > 1 else ""
+            each = f" x {copies} processes" if copies > 1 else ""
             bar.set_postfix_str(f"{new / (time.time() - start):.0f} tokens/s{each}")
         bar.close()
         barrier()
@@ -576,8 +602,22 @@ def main() -> None:
         loaded[:] = loaded or [ENGINES[config.engine](ModelSpec.parse(args.strong), config)]
         return loaded[0]
 
-    cost = make_transcripts(debater, args.task, args.protocol, samples, files, args.turns, config.batch_size, choose)
-    print0(json.dumps(cost))
+    def make(folder: Path) -> dict:
+        return make_transcripts(
+            debater, args.task, args.protocol, samples, files, args.turns, config.batch_size, choose,
+            config.engine == "sharded",
+        )  # fmt: skip
+
+    asked = {"task": args.task, "protocol": args.protocol, "model": ModelSpec.parse(args.strong).identity()}
+    inputs = {name: Path(path) for name in ("samples", "choices") if (path := getattr(args, name))}
+    turns = {str(k): args.turns for k in args.seed}
+    stage = Stage(out, asked | dataclasses.asdict(config), inputs, make, at_least=turns, shared=True)
+    if why := stage.in_the_way():
+        raise InputError(f"--out {args.out!r} holds something else ({why}); name another folder")
+    with locked(out):
+        made = stage.run()
+    cost = {k: v for k, v in read_manifest(out).items() if k in ("new_tokens", "turns", "seconds")}
+    print0(json.dumps(cost) if made else f"nothing to do: {out} holds all of it")
     first = {r["id"]: r for r in read_jsonl(files[args.seed[0]])}
     for sample_row in samples[: args.show]:
         print0(show(args.task, args.protocol, sample_row, first[sample_row["id"]]))

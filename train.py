@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers  # its parts are imported when they are used: a plan needs none of them
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common import (
     InputError,
@@ -174,7 +173,6 @@ def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, P
     return to_device(ids[None], dev), to_device(positions[None], dev), where
 
 
-@torch.compiler.disable  # lengths differ from batch to batch: a graph of its own for each would be compiled
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
     """Causal attention inside each sample of a packed batch: key, value [1, H_kv, T, d] -> [1, T, H, d].
 
@@ -209,9 +207,6 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     return out.transpose(1, 2).reshape(B * L, *out.shape[1::2])[pack.slots][None], None
 
 
-AttentionInterface.register("packed", packed_attention)
-
-
 def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
     """The last block of a Llama or Qwen, [1, T, D] -> [1, B, D]: nothing but the last token of each sample leaves it.
 
@@ -229,7 +224,7 @@ def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
     q = heads(attention.q_proj(normed[:, last]), "q_norm", last)
     k = heads(attention.k_proj(normed), "k_norm")
     v = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    out, _ = packed_attention(attention, q, k, v, None, attention.scaling, pack)
+    out, _ = transformers.AttentionInterface()["packed"](attention, q, k, v, None, attention.scaling, pack)
     hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
@@ -242,9 +237,10 @@ class Classifier:
     ):
         self.kernels, self.sharded = resolve(kernels), sharded and world_size() > 1
         self.tokenizer = load_tokenizer(spec)
-        self.model = load_model(
-            spec, AutoModelForSequenceClassification, torch.float32, num_labels=n_classes, attn_implementation="packed"
-        )
+        eager = torch.compiler.disable(packed_attention)  # lengths differ: every batch would compile a graph of its own
+        transformers.AttentionInterface.register("packed", eager)
+        auto_class = transformers.AutoModelForSequenceClassification
+        self.model = load_model(spec, auto_class, torch.float32, num_labels=n_classes, attn_implementation="packed")
         if not hasattr(self.model, "score"):
             raise InputError(f"model {spec.name!r}: a {self.model.config.model_type} is no decoder-only language model")
         for name in vars(self.model.config):
@@ -324,7 +320,9 @@ def initial_head(classifier: Classifier, how: str) -> Tensor:
     weight = classifier.model.score.weight
     if how == "zero":
         return torch.zeros_like(weight)
-    lm_head = load_model(classifier.spec, AutoModelForCausalLM, torch.float32).get_output_embeddings().weight
+    lm_head = (
+        load_model(classifier.spec, transformers.AutoModelForCausalLM, torch.float32).get_output_embeddings().weight
+    )
     words = [classifier.tokenizer(w, add_special_tokens=False)["input_ids"][-1] for w in (" no", " yes")]
     return lm_head[words].to(weight)
 
@@ -399,7 +397,7 @@ class MasterAdam:
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor, or the tensor; it shares the memory and carries no gradient."""
     x = x.detach()
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def lr_at(step: int, n_steps: int, peak: float) -> float:
@@ -546,19 +544,20 @@ def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], 
     seeds = list(dict.fromkeys(c.seed for c in configs))  # heads of one seed read the same batches
     count = Counter(c.seed for c in configs)
     n_slots = max(count.values())
-    slots = [n_slots * seeds.index(c.seed) + (count.subtract([c.seed]) or count[c.seed]) for c in configs]
+    seed_of = [seeds.index(c.seed) for c in configs]
+    slots = [n_slots * s + (count.subtract([c.seed]) or count[c.seed]) for s, c in zip(seed_of, configs, strict=True)]
     weight = torch.zeros(len(seeds) * n_slots, n_classes, x.shape[-1], device=x.device, requires_grad=True)
     adam = torch.optim.Adam([weight], fused=True)
-    alike = {c.loss: [e for e, other in enumerate(configs) if other.loss == c.loss] for c in configs}
+    alike = {loss: [e for e, c in enumerate(configs) if c.loss == loss] for loss in LOSSES}
     orders = [batches(len(x), next(c for c in configs if c.seed == seed)) for seed in seeds]
     orders = list(zip(*orders, strict=True))
     for step, order in enumerate(tqdm(orders, desc=f"{len(configs)} heads", leave=False, disable=None)):
         index = to_device(torch.tensor(order), x.device)  # [seeds, B]
         z = x[index] @ weight.view(len(seeds), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
         z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
-        y = labels.take_along_dim(index[[seeds.index(c.seed) for c in configs]][..., None], 1)
+        y = labels.take_along_dim(index[seed_of][..., None], 1)
         gradient = torch.empty_like(z)
-        for e in alike.values():
+        for e in filter(None, alike.values()):
             gradient[e] = loss_and_gradient(z[e].detach(), y[e], step / len(orders), configs[e[0]], kernels)[1]
         weight.grad = None
         z.backward(

@@ -162,7 +162,11 @@ class Config:
     chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
-    engine: str = flag("own", "what generates the debates", choices=("own", "vllm"))
+    engine: str = flag(
+        "own",
+        "what generates the debates: own (a copy of the model a GPU), sharded (one over all), vllm",
+        choices=("own", "sharded", "vllm"),
+    )
     weak_gpus: int | None = flag(
         None, "processes that share a finetuning of the weak model; others do the next (0: all)", int
     )
@@ -311,8 +315,9 @@ class Experiment:
                     files = {k: out / f"seed{k}" / f"{part}.jsonl" for k in turns if turns[k] == n}
                     speaker = functools.partial(debater, self.strong, settings)
                     new = debate.make_transcripts(
-                        speaker, self.task, protocol, rows, files, n, settings.batch_size, choose
-                    )
+                        speaker, self.task, protocol, rows, files, n, settings.batch_size, choose,
+                        settings.engine == "sharded",
+                    )  # fmt: skip
                     cost = {k: cost.get(k, 0) + v for k, v in new.items()}
             return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in turns}}
 

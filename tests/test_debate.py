@@ -520,6 +520,33 @@ def test_the_script_writes_the_same_transcripts(tiny_model, samples, tmp_path):
     assert f"[s0] {samples[0]['text']}" in done.stdout and "Consultant, for «the answer is correct»" in done.stdout
 
 
+def test_the_script_continues_its_own_transcripts_and_no_others(tiny_model, samples, tmp_path, monkeypatch, capsys):
+    def run(*flags: str) -> str:
+        command = ["debate.py", "--strong", tiny_model("llama"), "--samples", f"{tmp_path}/samples.jsonl", *flags]
+        command += ["--max-new-tokens", "3", "--out", f"{tmp_path}/out"]
+        monkeypatch.setattr(sys, "argv", command)
+        common.run_script(debate.main)
+        return capsys.readouterr().out
+
+    def turns(seed: int) -> int:
+        return len(read_jsonl(tmp_path / f"out/seed{seed}.jsonl")[0]["turns"])
+
+    write_jsonl(tmp_path / "samples.jsonl", samples[:3])
+    run("--turns", "1")
+    run("--turns", "2", "--seed", "0", "1")
+    assert (turns(0), turns(1)) == (2, 2)
+    assert "nothing to do" in run("--turns", "2", "--seed", "1")
+    for flags in (["--strong", tiny_model("qwen2")], ["--protocol", "consultancy"], ["--temperature", "0.9"]):
+        with pytest.raises(SystemExit) as end:
+            run("--turns", "2", *flags)
+        message = capsys.readouterr().err
+        assert end.value.code == 2 and "holds something else" in message and message.count("\n") == 1
+    write_jsonl(tmp_path / "samples.jsonl", samples[:4])
+    with pytest.raises(SystemExit):
+        run("--turns", "2")
+    assert "inputs.samples" in capsys.readouterr().err and turns(0) == 2
+
+
 @pytest.mark.parametrize(
     "flags, told",
     [

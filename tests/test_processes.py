@@ -156,7 +156,8 @@ def test_killed_five_times_the_transcripts_are_the_same_and_nothing_finished_is_
     assert len(chunks) <= len(begun) <= len(chunks) + lost_at_most
 
 
-def test_torchrun_gives_the_same_bytes(tiny_model, samples, tmp_path):
+@pytest.mark.parametrize("engine", ["own", "sharded"])
+def test_torchrun_gives_the_same_bytes(engine, tiny_model, samples, tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", samples[:9])
     flags = [
         "--samples",
@@ -165,10 +166,11 @@ def test_torchrun_gives_the_same_bytes(tiny_model, samples, tmp_path):
         tiny_model("llama"),
         "--turns",
         "2",
-        "--cache-tokens",
-        "200",
+        "--engine",
+        engine,
     ]
-    flags += ["--max-new-tokens", "6", "--temperature", "1", "--show", "1", "--out", tmp_path / "out"]
+    flags += ["--cache-tokens", "200", "--max-new-tokens", "6", "--temperature", "1", "--show", "1"]
+    flags += ["--out", tmp_path / "out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, ROOT / "debate.py", *flags], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
