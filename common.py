@@ -358,12 +358,13 @@ class Stage:
     def in_the_way(self) -> str:
         """Why the files in the folder are not this stage's, finished or begun; empty where they are, or there are none."""
         difference = self.difference()
-        files = [p for p in self.folder.iterdir() if is_output(p)] if self.folder.exists() else []
-        if not files or difference == [] or read_json(self.folder / "started.json") == self.wanted():
+        files = {p.name for p in self.folder.iterdir() if is_output(p)} if self.folder.exists() else set()
+        begun = read_json(self.folder / "started.json") == self.wanted()
+        grown = difference and difference == self.too_few(read_manifest(self.folder) or {})
+        if difference == [] or begun or grown or not files - {"started.json"}:
             return ""
-        if difference and difference == self.too_few(read_manifest(self.folder) or {}):
-            return ""
-        return "; ".join(difference or ["begun with other settings"])
+        unknown = "begun with other settings" if "started.json" in files else f"{min(files)}, of unknown origin"
+        return "; ".join(difference or [unknown])
 
     def finish(self, want: dict, before: dict, spent: dict) -> None:
         """Write the manifest: what was wanted, what there is, what it cost."""

@@ -614,6 +614,8 @@ def main() -> None:
     stage = Stage(out, asked | dataclasses.asdict(config), inputs, make, at_least=turns, shared=True)
     if why := stage.in_the_way():
         raise InputError(f"--out {args.out!r} holds something else ({why}); name another folder")
+    if stage.difference() != []:
+        debater()  # a model that cannot be loaded ends here, before anything is written
     with locked(out):
         made = stage.run()
     cost = {k: v for k, v in read_manifest(out).items() if k in ("new_tokens", "turns", "seconds")}

@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from common import InputError, ModelSpec, device, print0, read_json
 from debate import DebateConfig
@@ -183,21 +184,35 @@ def cache_columns(opening: int, asked: int, said: int, new: int, turns: int) -> 
 
 
 def debating_memory(
-    m: Shape, samples: int, seeds: int, columns: tuple[int, int], opening: int, fed: int, e: int
+    m: Shape, samples: int, seeds: int, columns: tuple[int, int], opening: int, fed: int, e: int, shares: int = 1
 ) -> dict:
     """Peak of a chunk of debates: `opening` tokens a sample are read at once, then `fed` a row before each turn.
 
     When half of the rows have ended, the others go on in a copy, whose buffer grows by a quarter with the next token.
+    Blocks and cache are cut into `shares` where the engine is sharded.
     """
-    rows, (room, used), kv = samples * seeds, columns, 2 * m.blocks * m.K * e
+    rows, (room, used), kv = samples * seeds, columns, 2 * m.blocks * m.K * e / shares
     reading = max(samples * opening, rows * fed) * e * (2 * m.D + 3 * m.F)
     repeated = 2 * rows * used * m.Q * e if m.K < m.Q else 0  # keys of grouped queries, in one block
     return {
-        "weights": e * (m.body + m.embeddings * (1 if m.tied else 2)),
+        "weights": e * (m.body / shares + m.embeddings * (1 if m.tied else 2)),
         "KV cache": rows * room * kv,
         "rows left": rows // 2 * 1.25 * used * kv,
         "passing": max(reading, repeated + 3 * 4 * rows * m.V),
     }
+
+
+class Need(NamedTuple):
+    """Peak memory of one kind of work in bytes by part, and what would lower it: pairs (flags, parts)."""
+
+    what: str
+    kind: str
+    parts: dict
+    remedies: list
+
+    @property
+    def gb(self) -> float:
+        return sum(self.parts.values()) / 1e9
 
 
 # ---- one group of like stages ----
@@ -303,9 +318,10 @@ class Plan:
         cost = {"samples": self.half, "tokens": trained + predicted, "flops": flops + reading, "hours": hours}
         return cost | {"bytes": 60 * (self.half + self.tests) + model}, [line]
 
-    def finetune_needs(self, name: str, heads: bool) -> list[tuple]:
-        """Peak memory of a run and of its predictions, as (what, parts, remedies)."""
-        m, G = self.weak if name.startswith("weak") else self.strong, self.group(name)
+    def finetune_needs(self, name: str, heads: bool) -> list[Need]:
+        """Of a run and of its predictions."""
+        role, G = name.split("-")[0], self.group(name)
+        m = self.weak if role == "weak" else self.strong
         longest = length_read(name, self.longest, self.c.max_new_tokens)
 
         def at_once(gpus: int, most: int) -> int:
@@ -317,27 +333,33 @@ class Plan:
         tokens = at_once(G, self.c.micro_tokens)
         read = min(4096, self.c.micro_tokens)
         state = predicting_memory(m, 1 if heads else G, read, self.e, self.gpu.flash, training=not heads)
-        predicting = [(f"{self.task} {name}: predictions, {read} tokens a forward", state, [])]
+        predicting = Need(f"{self.task} {name}: predictions, {read} tokens a forward", f"{role} predictions", state, [])
         remedies = [("--checkpointing", parts(checkpointing=True))]
         remedies += [(f"--micro-tokens {n}", parts(most=n)) for n in (16384, 8192, 4096, 2048) if longest <= n < tokens]
-        flag = f"--{'weak' if name.startswith('weak') else 'strong'}-gpus"
+        flag = f"--{role}-gpus"
         for n in (2, 4, 8, 16, 32, 64):
             if n > G:
                 more = f" --gpus {n}" if n > self.gpus else ""
                 remedies += [(f"{flag} {n}{more}", parts(gpus=n))]
                 remedies += [(f"{flag} {n}{more} --checkpointing", parts(n, checkpointing=True))]
         how = ", recomputing" if self.c.checkpointing else ""
-        training = [(f"{self.task} {name}: finetuning, {tokens} tokens a forward{how}", parts(), remedies)]
-        return predicting if heads else training + predicting
+        what = f"{self.task} {name}: finetuning, {tokens} tokens a forward{how}"
+        return [predicting] if heads else [Need(what, f"{role} finetuning", parts(), remedies), predicting]
 
-    def debate_needs(self, protocol: str, memory: list[tuple]) -> list[tuple]:
-        """Peak memory of a protocol's debates, likewise."""
+    def debate_needs(self, protocol: str, memory: list[tuple]) -> list[Need]:
+        """Of a protocol's debates, by their length."""
         needs = []
         for turns, seeds, columns, opening in memory:
 
-            def parts(limit: int, turns=turns, seeds=seeds, columns=columns, opening=opening) -> dict:
-                chunk = self.batch_size(self.longest, seeds, turns, limit)
-                need = debating_memory(self.strong, chunk, seeds, columns, opening, INSTRUCTION + self.said, self.e)
+            def parts(
+                limit: int, engine=self.c.engine, turns=turns, seeds=seeds, columns=columns, opening=opening
+            ) -> dict:
+                chunk, shares = (
+                    self.batch_size(self.longest, seeds, turns, limit),
+                    self.gpus if engine == "sharded" else 1,
+                )
+                fed = INSTRUCTION + self.said
+                need = debating_memory(self.strong, chunk, seeds, columns, opening, fed, self.e, shares)
                 asked = {"weak model": self.e * (self.weak.body + self.weak.embeddings)}
                 return need | (asked if protocol == "market_making" else {})
 
@@ -346,28 +368,63 @@ class Plan:
             what = (
                 f"{self.task} {protocol}: {turns} turns, {chunk} samples x {seeds} seeds, room for {columns[0]} columns"
             )
-            smaller = [n * 1000 for n in range(limit // 1000, 0, -1)]
-            needs.append((what, parts(limit), [(f"--cache-tokens {n}", parts(n)) for n in smaller]))
+            remedies = [(f"--cache-tokens {n * 1000}", parts(n * 1000)) for n in range(limit // 1000, 0, -1)]
+            remedies += [("--engine sharded", parts(limit, "sharded"))]
+            needs.append(Need(what, f"{protocol} {turns}", parts(limit), remedies))
         return needs
 
 
 # ---- the command ----
 
 
-def check(needs: list[tuple], gpu: Gpu, name: str) -> None:
+def check(needs: list[Need], gpu: Gpu, name: str) -> None:
     """Raises InputError on what needs most if that does not fit, with those of its remedies that do."""
     usable = gpu.gb * SHARES["memory"]
-    total = {what: sum(parts.values()) / 1e9 for what, parts, _ in needs}
-    what, _, remedies = max(needs, key=lambda need: total[need[0]])
-    if total[what] > usable:
+    worst = max(needs, key=lambda need: need.gb)
+    if worst.gb > usable:
         ways: dict[str, str] = {}  # of every kind the first, which asks for the least
-        for way, parts in remedies:
-            if sum(parts.values()) / 1e9 <= usable:
-                ways.setdefault(re.sub(r"\d+", "", way), f"{way} ({sum(parts.values()) / 1e9:.1f} GB)")
+        for way, parts in worst.remedies:
+            if (gb := sum(parts.values()) / 1e9) <= usable:
+                ways.setdefault(re.sub(r"\d+", "", way), f"{way} ({gb:.1f} GB)")
         raise InputError(
-            f"{what} needs {total[what]:.1f} GB a GPU, {name} has {gpu.gb:.4g} GB, {usable:.1f} to use; would fit: "
+            f"{worst.what} needs {worst.gb:.1f} GB a GPU, {name} has {gpu.gb:.4g} GB, {usable:.1f} to use; would fit: "
             f"{', or '.join(ways.values()) or 'a smaller model (--weak, --strong), or GPUs with more memory'}"
         )
+
+
+def estimates(plans: list[tuple]) -> tuple[dict, dict, list[Need]]:
+    """From pairs (experiment, plan) by (task, group of like stages): costs, derivations; and needs, where they are greatest."""
+    costs: dict[tuple[str, str], Counter] = {}
+    derived: dict[tuple[str, str], list[str]] = {}
+    needs: dict[str, Need] = {}
+    seen = set()
+    for e, p in plans:
+        for stage in e.stages():
+            heads = stage.folder.is_relative_to(e.runs) and e.runs != e.folder
+            kind, run = stage.folder.relative_to(e.runs if heads else e.folder).parts[0], stage.folder.name
+            group, lines, found = kind, [], []
+            if kind == "transcripts":
+                group = f"debates {run}"
+                cost, lines, memory = p.debates(stage.at_least)
+                found = p.debate_needs(run, memory)
+            elif kind == "predictions":
+                reader = re.findall(r"^weak-[a-z_]+|^strong|-t\d+", run)
+                group = " ".join(["heads" if heads else "finetune", *reader]).replace(" -", " ")
+                cost, lines = p.finetune(run, bool(stage.at_least.get("kept models")), heads)
+                texts = (e.task, re.sub(r"-f\d+-s\d+$|(?<=^strong)-.*", "", run))
+                if heads and texts in seen:  # read once for all heads
+                    cost |= {"flops": 0, "hours": 0, "tokens": 0}
+                seen.add(texts)
+                found = [] if (e.task, group) in costs else p.finetune_needs(run, heads)
+            elif kind == "data":
+                cost = {"samples": p.rows, "bytes": 6 * p.text * p.rows}
+            else:  # weak labels
+                cost = {"samples": p.half, "bytes": 50 * p.half}
+            costs.setdefault((e.task, group), Counter()).update(cost | {"stages": 1})
+            derived.setdefault((e.task, group), lines)
+            for need in found:
+                needs[need.kind] = max(needs.get(need.kind, need), need, key=lambda n: n.gb)
+    return costs, derived, list(needs.values())
 
 
 def show(experiments: list) -> None:
@@ -377,74 +434,39 @@ def show(experiments: list) -> None:
     gpus = config.gpus or here()
     if config.gpu and config.dtype != "bfloat16":
         raise InputError(f"--dtype {config.dtype} --gpu {config.gpu}: the table of GPUs holds bfloat16 rates only")
-    groups: dict[tuple[str, str], dict] = {}
-    derived: dict[tuple[str, str], list[str]] = {}
-    needs: dict[str, tuple] = {}
-    seen = set()
-    for e in experiments:
-        p = Plan(e.config, e.task, gpu, gpus)
-        for stage in e.stages():
-            heads = stage.folder.is_relative_to(e.runs) and e.runs != e.folder
-            kind, run = stage.folder.relative_to(e.runs if heads else e.folder).parts[0], stage.folder.name
-            size = 6 * p.text * p.rows if kind == "data" else 50 * p.half  # bytes of samples, of weak labels
-            cost, group = {"samples": p.rows if kind == "data" else p.half, "bytes": size}, kind
-            if kind == "transcripts":
-                cost, lines, memory = p.debates(stage.at_least)
-                group = f"debates {run}"
-                found = p.debate_needs(run, memory)
-            elif kind == "predictions":
-                group = " ".join(
-                    ["heads" if heads else "finetune", *re.findall(r"^weak-[a-z_]+|^strong|-t\d+", run)]
-                ).replace(" -", " ")
-                cost, lines = p.finetune(run, bool(stage.at_least.get("kept models")), heads)
-                reader = (e.task, re.sub(r"-f\d+-s\d+$|(?<=^strong)-.*", "", run))
-                cost |= {"flops": 0, "hours": 0, "tokens": 0} if heads and reader in seen else {}
-                seen.add(reader)
-                found = [] if (e.task, group) in groups else p.finetune_needs(run, heads)
-            else:
-                lines, found = [], []
-            total = groups.setdefault((e.task, group), Counter())
-            total.update(cost | {"stages": 1})
-            derived.setdefault((e.task, group), lines)
-            for need in found:  # of every kind the task that needs most
-                what = re.sub(r"^\S+ ", "", need[0]).split(":")[0] + need[0].split(":")[1].split(",")[0]
-                if sum(need[1].values()) > sum(needs.get(group + what, ("", {}))[1].values()):
-                    needs[group + what] = need
-    print0(
-        f"{gpus} x {name}: {gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, {gpu.link:.4g} GB/s to the others"
-    )
+    plans = [(e, Plan(e.config, e.task, gpu, gpus)) for e in experiments]
+    p = plans[0][1]
+    costs, derived, needs = estimates(plans)
+    peaks = f"{gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, {gpu.link:.4g} GB/s to the others"
+    print0(f"{gpus} x {name}: {peaks}")
     print0(
         f"taken of these, assumed until measured: {', '.join(f'{k} {v}' for k, v in SHARES.items())}; {config.dtype}"
     )
     for role, m, spec in (("weak", p.weak, config.weak), ("strong", p.strong, config.strong)):
-        print0(
-            f"{role} {spec}: {m.blocks} blocks x (2 x {m.D} x ({m.Q} + {m.K}) + 3 x {m.D} x {m.F}) = {m.body / 1e9:.4g} G parameters, "
-            f"embeddings {m.V} x {m.D} = {m.embeddings / 1e9:.3g} G; KV a token 2 x {m.blocks} x {m.K} x {p.e} B = "
-            f"{2 * m.blocks * m.K * p.e:,} B"
+        body = (
+            f"{m.blocks} blocks x (2 x {m.D} x ({m.Q} + {m.K}) + 3 x {m.D} x {m.F}) = {m.body / 1e9:.4g} G parameters"
         )
+        kv = f"KV a token 2 x {m.blocks} x {m.K} x {p.e} B = {2 * m.blocks * m.K * p.e:,} B"
+        print0(f"{role} {spec}: {body}, embeddings {m.V} x {m.D} = {m.embeddings / 1e9:.3g} G; {kv}")
     print0(f"\n{'task':20}{'stages':38}{'count':>6}{'samples':>10}{'M tokens':>10}{'PFLOP':>11}{'GB':>8}{'hours':>9}")
-    for (task, group), c in [*groups.items(), (("all", ""), sum(groups.values(), Counter()))]:
-        print0(
-            f"{task:20}{group:38}{c['stages']:6}{c['samples']:10}{c['tokens'] / 1e6:10.1f}{c['flops'] / 1e15:11.1f}"
-            f"{c['bytes'] / 1e9:8.2f}{c['hours']:9.3f}"
-        )
+    for (task, group), c in [*costs.items(), (("all", ""), sum(costs.values(), Counter()))]:
+        counted = f"{c['stages']:6}{c['samples']:10}{c['tokens'] / 1e6:10.1f}{c['flops'] / 1e15:11.1f}"
+        print0(f"{task:20}{group:38}{counted}{c['bytes'] / 1e9:8.2f}{c['hours']:9.3f}")
     print0("\nhow (hours of the whole run; a group's are those of its runs):")
     for (task, group), lines in derived.items():
         for text in lines:
             print0(f"  {task} {group}: {text}")
     print0(f"\npeak memory a GPU, of {gpu.gb:.4g} GB x {SHARES['memory']}, of every kind in the task that needs most:")
-    for what, parts, _ in needs.values():
-        made_of = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in parts.items())
-        print0(f"  {what}: {made_of} = {sum(parts.values()) / 1e9:.1f} GB")
+    for need in needs:
+        made_of = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in need.parts.items())
+        print0(f"  {need.what}: {made_of} = {need.gb:.1f} GB")
     N = p.strong.body + p.strong.embeddings
-    print0(
-        f"host memory while a node of {gpus} loads the strong model: {gpus} x 4 B x {N / 1e9:.3g} G = {4 * gpus * N / 1e9:.3g} GB"
-    )
+    loading = f"{gpus} x 4 B x {N / 1e9:.3g} G = {4 * gpus * N / 1e9:.3g} GB"
+    print0(f"host memory while a node of {gpus} loads the strong model: {loading}")
     weights = sum(2 * (m.body + 2 * m.embeddings) for m in (p.weak, p.strong)) / 1e9
-    print0(
-        f"disk beside the results: the models' weights, {weights:.3g} GB; as much again for first-generation Qwen, which is converted"
-    )
-    check(list(needs.values()), gpu, name)
+    again = "as much again for first-generation Qwen, which is converted"
+    print0(f"disk beside the results: the models' weights, {weights:.3g} GB; {again}")
+    check(needs, gpu, name)
 
 
 def here() -> int:

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -116,9 +117,11 @@ def targets(folder: Path) -> dict:
         given = ["--samples", str(rows), "--out", str(folder / "new"), "--protocol", "market_making"]
         command(debate.main, [*given, "--choices", str(file)])
 
+    size = debate.DebateConfig().batch_size
+
     def transcripts(raw: bytes) -> None:
         (folder / "seed0.jsonl").write_bytes(raw)
-        debate.make_transcripts(stop, "sciq", "debate", common.read_jsonl(rows), {0: folder / "seed0.jsonl"}, 3, 8)
+        debate.make_transcripts(stop, "sciq", "debate", common.read_jsonl(rows), {0: folder / "seed0.jsonl"}, 3, size)
 
     def manifests(raw: bytes) -> None:
         stage = Stage(folder / "stage", {"lr": 1}, {}, lambda out: {})
@@ -158,6 +161,24 @@ def targets(folder: Path) -> dict:
     }  # fmt: skip
 
 
+def explore(strategy: st.SearchStrategy, act: Callable, key: int, end: float) -> int:
+    """A hundred inputs, or as many as there is time for; returns how many. Raises what `act` should have caught."""
+    tried = 0
+
+    @seed(key)
+    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def once(drawn) -> None:
+        nonlocal tried
+        if time.time() < end:
+            tried += 1
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(InputError, OSError, Enough):
+                act(drawn)
+
+    once()
+    return tried
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="how long to look")
@@ -168,19 +189,8 @@ def main() -> None:
         todo = targets(Path(folder))
         while time.time() < end:
             for name, (strategy, act) in list(todo.items()):
-
-                @seed(chance.getrandbits(60))
-                @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-                @given(drawn=strategy)
-                def once(drawn, name=name, act=act):
-                    if time.time() > end:
-                        return
-                    tried[name] = tried.get(name, 0) + 1
-                    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(InputError, OSError, Enough):
-                        act(drawn)
-
                 try:
-                    once()
+                    tried[name] = tried.get(name, 0) + explore(strategy, act, chance.getrandbits(60), end)
                 except Exception as e:
                     found[name] = f"{type(e).__name__}: {e}"
                     print(f"FOUND in {name}: {found[name]}", *getattr(e, "__notes__", []), sep="\n", flush=True)

@@ -77,7 +77,7 @@ def test_hours_and_gigabytes_of_the_strong_students_of_sciq(tmp_path):
         ),
         (
             ["--gpus", "8", "--gpu", "h100-80gb", "--cache-tokens", "40000"],
-            ["sciq market_making", "--cache-tokens 27000"],
+            ["sciq market_making", "--cache-tokens 27000", "--engine sharded"],
         ),
         (["--gpus", "2", "--gpu", "h100-80gb"], ["finetuning", "would fit:", "-gpus"]),
         (["--gpus", "8", "--gpu", "tpu"], ["tpu", "h100-80gb", "rtx4090-24gb"]),
@@ -91,14 +91,11 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path, flags, told):
 
 
 def test_a_remedy_is_only_named_where_it_helps():
-    need = (
-        "x: training",
-        {"a": 90e9},
-        [("--gpus 2", {"a": 80e9}), ("--gpus 4", {"a": 40e9}), ("--gpus 8", {"a": 9e9})],
-    )
+    ways = [("--gpus 2", {"a": 80e9}), ("--gpus 4", {"a": 40e9}), ("--gpus 8", {"a": 9e9})]
+    need = plan.Need("x: training", "training", {"a": 90e9}, ways)
     with pytest.raises(InputError, match=r"90.0 GB .* would fit: --gpus 4 \(40.0 GB\)$"):
         plan.check([need], GPU, "h100-80gb")
-    plan.check([("x: training", {"a": 70e9}, [])], GPU, "h100-80gb")
+    plan.check([plan.Need("x: training", "training", {"a": 70e9}, [])], GPU, "h100-80gb")
 
 
 def test_the_flags_of_plan_are_for_plan_only():
