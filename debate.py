@@ -24,10 +24,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from common import (
     InputError,
@@ -171,32 +174,57 @@ def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0)
 # ---- decoding ----
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """torch's SDPA; on a CPU, for one new token a row, two products of which the query heads of one key head are the rows.
+
+    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], true where a query may look -> [B, n, H, d].
+    """
+    if query.is_cuda or query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    (B, H, _, d), (G, T) = query.shape, key.shape[1:3]
+    scores = torch.bmm(query.reshape(B * G, H // G, d), key.flatten(0, 1).mT).view(B, H, 1, T).float()
+    scores *= d**-0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, -torch.inf)
+    weights = scores.softmax(-1).to(value.dtype).view(B * G, H // G, T)
+    return torch.bmm(weights, value.flatten(0, 1)).view(B, 1, H, d), None
+
+
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer with room to grow: a new token is written in place, not concatenated."""
+    """Keys and values of one layer in a buffer with room to grow: a new token is written in place, not concatenated.
+
+    For one new token attention gets the whole buffer, which is contiguous; columns that hold nothing are masked out.
+    """
+
+    length = capacity = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def room(self, columns: int) -> int:
+        return max(self.capacity, -(-columns // 64) * 64)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        columns = self.length + query_length
+        return columns if query_length > 1 else self.room(columns), 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers, self.length = [key_states[:, :, :0], value_states[:, :, :0]], 0
-        end = self.length + key_states.shape[2]
+        if not self.capacity:
+            self.buffers, self.is_initialized = [key_states[:, :, :0], value_states[:, :, :0]], True
+        seen, columns = self.get_mask_sizes(key_states.shape[2])[0], self.length + key_states.shape[2]
+        more, self.capacity = self.room(columns) - self.capacity, self.room(columns)
         for i, new in enumerate((key_states, value_states)):
-            old = self.buffers[i]
-            if end > old.shape[2]:
-                self.buffers[i] = new.new_empty(*new.shape[:2], end + max(64, end // 4), new.shape[3])
-                self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
-            self.buffers[i][:, :, self.length : end] = new
-        self.resize(end)
+            if more:
+                self.buffers[i] = F.pad(self.buffers[i], (0, 0, 0, more))
+            self.buffers[i][:, :, self.length : columns] = new
+        self.length = columns
+        self.keys, self.values = (b[:, :, :seen] for b in self.buffers)
         return self.keys, self.values
-
-    def resize(self, length: int) -> None:
-        self.length = length
-        self.keys, self.values = (b[:, :, :length] for b in self.buffers)
 
     def select(self, rows: Tensor) -> "SlotLayer":
         other = SlotLayer()
-        other.lazy_initialization(self.keys, self.values)
-        other.buffers = [b[rows, :, : self.length] for b in self.buffers]
-        other.resize(self.length)
+        other.buffers, other.length, other.capacity = [b[rows] for b in self.buffers], self.length, self.capacity
+        other.is_initialized = True
         return other
 
 
@@ -205,7 +233,7 @@ class Session:
 
     def __init__(self, model: torch.nn.Module, n_rows: int):
         self.model = model
-        self.cache = Cache(layer_class_to_replicate=SlotLayer)
+        self.cache = Cache([SlotLayer() for _ in range(model.config.num_hidden_layers)])
         self.mask = torch.zeros(n_rows, 0, dtype=torch.long, device=model.device)  # [B, columns]
 
     @torch.no_grad()
@@ -229,7 +257,7 @@ class Session:
         """Forget everything after the first `columns` columns."""
         self.mask = self.mask[:, :columns]
         for layer in self.cache.layers:
-            layer.resize(columns)
+            layer.length = columns
 
     def select(self, rows: Tensor) -> "Session":
         """A session of its own with these rows, an index of [B]; a row may be there several times."""
@@ -274,9 +302,11 @@ class Debater:
             self.before, self.after = prompt.split("\x00")
         self.load()
 
-    def load(self) -> None:
-        dtype = resolve_dtype(self.config.dtype)
-        self.model = load_model(self.spec, transformers.AutoModelForCausalLM, dtype).to(device()).eval()
+    def load(self, parallel=None) -> None:
+        transformers.AttentionInterface.register("grouped", grouped_attention)
+        transformers.AttentionMaskInterface.register("grouped", sdpa_mask)
+        auto_class, dtype = transformers.AutoModelForCausalLM, resolve_dtype(self.config.dtype)
+        self.model = load_model(self.spec, auto_class, dtype, "grouped", parallel).to(device()).eval()
 
     def tokens(self, text: str, start: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
@@ -346,9 +376,7 @@ class ShardedDebater(Debater):
             raise InputError(
                 f"--engine sharded: {world_size()} processes cannot share the {heads} key heads of {self.spec.name!r}"
             )
-        plan = transformers.distributed.DistributedConfig(tp_size=world_size(), tp_plan="auto")
-        dtype = resolve_dtype(self.config.dtype)
-        self.model = load_model(self.spec, transformers.AutoModelForCausalLM, dtype, parallel=plan).eval()
+        super().load(transformers.distributed.DistributedConfig(tp_size=world_size(), tp_plan="auto"))
 
 
 class VllmDebater(Debater):
