@@ -199,6 +199,8 @@ def report(rates: dict[tuple[str, int], list[float]]) -> None:
         print(f"{name:22}{batch:6}{statistics.median(values):10.1f}")
         best[name] = max(best.get(name, values), values, key=statistics.median)
     for name, values in best.items():
+        if name == "ours":
+            continue
         ratios = [o / v for o, v in zip(best["ours"], values, strict=False)]
         print(f"ours / {name}, each at its best batch: {statistics.median(ratios):.2f}")
 

@@ -174,13 +174,8 @@ def predicting_memory(m: Shape, gpus: int, tokens: int, e: int, flash: bool, tra
 
 def cache_columns(opening: int, asked: int, said: int, new: int, turns: int) -> tuple[int, int]:
     """Columns of the KV buffer that debate.py's SlotLayer ends with, and those in use at the end."""
-    room, length = opening, opening
-    for turn in range(turns):
-        length += said if turn else 0
-        for used in range(length + asked, length + asked + new):
-            if used > room:
-                room = used + max(64, used // 4)
-    return room, used
+    used = opening + (turns - 1) * said + asked + new - 1  # the last token is not read
+    return -(-used // 64) * 64, used
 
 
 def debating_memory(
@@ -188,7 +183,7 @@ def debating_memory(
 ) -> dict:
     """Peak of a chunk of debates: `opening` tokens a sample are read at once, then `fed` a row before each turn.
 
-    When half of the rows have ended, the others go on in a copy, whose buffer grows by a quarter with the next token.
+    When half of the rows have ended, the others go on in a copy.
     Blocks and cache are cut into `shares` where the engine is sharded.
     """
     rows, (room, used), kv = samples * seeds, columns, 2 * m.blocks * m.K * e / shares
@@ -197,7 +192,7 @@ def debating_memory(
     return {
         "weights": e * (m.body / shares + m.embeddings * (1 if m.tied else 2)),
         "KV cache": rows * room * kv,
-        "rows left": rows // 2 * 1.25 * used * kv,
+        "rows left": rows // 2 * room * kv,
         "passing": max(reading, repeated + 3 * 4 * rows * m.V),
     }
 

@@ -77,7 +77,7 @@ def test_hours_and_gigabytes_of_the_strong_students_of_sciq(tmp_path):
         ),
         (
             ["--gpus", "8", "--gpu", "h100-80gb", "--cache-tokens", "40000"],
-            ["sciq market_making", "--cache-tokens 27000", "--engine sharded"],
+            ["sciq market_making", "--cache-tokens 30000", "--engine sharded"],
         ),
         (["--gpus", "2", "--gpu", "h100-80gb"], ["finetuning", "would fit:", "-gpus"]),
         (["--gpus", "8", "--gpu", "tpu"], ["tpu", "h100-80gb", "rtx4090-24gb"]),
