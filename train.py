@@ -282,6 +282,8 @@ class Classifier:
         for block in self.blocks:
             if config.compile and not block._compiled_call_impl:
                 block.compile()
+        if self.sharded:
+            self.model.base_model.reshard()  # a prediction leaves the root's weights gathered, and they would stay the old ones
         self.optimizer.reset([*self.pretrained, initial_head(self, config.head_init)])
 
     @functools.cached_property
