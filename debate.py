@@ -4,7 +4,7 @@
     python debate.py --task facts --samples train_a.jsonl --protocol consultancy --out DIR --show 3
     torchrun --nproc-per-node 8 debate.py ...       one replica of the model a GPU, the same transcripts
 
-Reads rows with id and text; writes seed<k>.jsonl to --out: id, sides (what each turn argues for, 0 or 1), turns
+Reads rows with id, text and, where only the debaters hold one, evidence; writes seed<k>.jsonl to --out: id, sides (what each turn argues for, 0 or 1), turns
 (texts), n_tokens (generated, each turn). Finished samples are appended, so a killed run continues.
 
 The sides are a function of the sample alone and the turn's instruction stands last in the prompt: the question is
@@ -120,17 +120,28 @@ def assign_side(sample_id: str, turn: int) -> int:
     return (stable_hash("side", sample_id) + turn) % 2
 
 
-def with_transcript(task: str, protocol: str, text: str, sides: list[int], turns: list[str]) -> str:
-    """The weak model's input: the sample, then every turn with its speaker and the side it argues for.
-
-    Turns that are empty (the control `no_argument`) leave the sides alone.
-    """
+def transcript_text(task: str, protocol: str, sides: list[int], turns: list[str]) -> str:
+    """A line per turn: its speaker, the side it argues for, and what was said. Turns that are empty leave the sides alone."""
     names = PROMPTS[task].sides
-    said = [
+    lines = [
         f"{speaker(protocol, t)} ({names[s]}): {turn}".rstrip()
         for t, (s, turn) in enumerate(zip(sides, turns, strict=True))
     ]
-    return "\n".join([text, *said])
+    return "\n".join(lines)
+
+
+def judge_input(question: str, transcript: str, order: str) -> str:
+    """What the judge, a weak model, reads: the sample's question and the debate about it. Edit this for an ablation.
+
+    `first` puts the transcript in front, so that the last tokens, from which the head reads the verdict, are the
+    question's; `last` appends it, the paper's wording. LOG.md (2026-11-25) has both measured.
+    """
+    return "\n".join([transcript, question] if order == "first" else [question, transcript])
+
+
+def with_evidence(evidence: str, question: str) -> str:
+    """The question as those see it who hold the evidence: the debaters, and the bound that has no debate."""
+    return f"Passage: {evidence}\n{question}" if evidence else question
 
 
 # ---- keyed sampling ----
@@ -311,7 +322,8 @@ class Debater:
     def tokens(self, text: str, start: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
 
-    def opening(self, task: str, protocol: str, text: str) -> list[int]:
+    def opening(self, task: str, protocol: str, sample: dict) -> list[int]:
+        text = with_evidence(sample.get("evidence", ""), sample["text"])
         return self.tokens(f"{self.before}{introduction(task, protocol)}\n\n{text}\n\n", start=True)
 
     def said(self, protocol: str, turn: int, text: str) -> list[int]:
@@ -419,6 +431,38 @@ class VllmDebater(Debater):
 ENGINES = {"own": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}
 
 
+# ---- what a model knows before anyone argues ----
+
+
+@torch.no_grad()
+def zero_shot(debater: Debater, task: str, samples: list[dict]) -> Tensor:
+    """Class probabilities [N, 2] without training: how likely the names of the two sides are after the sample.
+
+    The log-odds of class 1 are taken relative to their median over `samples`, which needs no labels: a language model
+    prefers one of the two words whatever the sample is (Zhao et al. 2021, arXiv 2102.09690, call it calibration).
+    """
+    odds: dict[str, float] = {}
+    names = [debater.tokens(f" {name}") for name in PROMPTS[task].sides]
+    claim = PROMPTS[task].claim.format(side="").strip()
+    question = f"Decide whether {PROMPTS[task].debated}.{debater.after or chr(10)}{claim[0].upper()}{claim[1:]}"
+    for chunk in chunks(samples, lambda n: debater.config.batch_size(n, seeds=1, turns=1)):
+        session = debater.listen([debater.opening(task, "zero_shot", s) for s in chunk], 1)
+        logits = session.feed([debater.tokens(question)] * len(chunk))
+        columns, likelihood = session.columns(), []
+        for name in names:
+            after, total = logits, torch.zeros(len(chunk), device=logits.device)
+            for position, token in enumerate(name):
+                if position:
+                    after = session.feed(torch.full((len(chunk),), name[position - 1], device=logits.device))
+                total = total + after.log_softmax(-1)[:, token]
+            session.rewind(columns)
+            likelihood.append(total)
+        odds |= zip((s["id"] for s in chunk), (likelihood[1] - likelihood[0]).tolist(), strict=True)
+    x = torch.tensor([odds[s["id"]] for s in samples], dtype=torch.float64)
+    p = (x - x.median()).sigmoid()
+    return torch.stack([1 - p, p], dim=-1)
+
+
 # ---- protocols ----
 
 
@@ -440,7 +484,7 @@ def run_protocol(
         rows = [{"id": samples[s]["id"], "sides": [], "turns": [], "n_tokens": []} for s, _ in pairs]
     else:
         rows = [{key: list(v) if isinstance(v, list) else v for key, v in begun[k][s].items()} for s, k in pairs]
-    session = debater.listen([debater.opening(task, protocol, s["text"]) for s in samples], K)
+    session = debater.listen([debater.opening(task, protocol, s) for s in samples], K)
     start = len(rows[0]["turns"])
     said = [[debater.said(protocol, t, r["turns"][t]) for r in rows] for t in range(start)]  # not in the cache yet
     for turn in range(start, turns):
@@ -460,9 +504,13 @@ def run_protocol(
 
 def chunks(samples: list[dict], size: Callable[[int], int]) -> Iterator[list[dict]]:
     """Samples of like length together, as many as `size` says of the longest's characters: a function of the list alone."""
+
+    def characters(sample: dict) -> int:
+        return len(sample["text"]) + len(sample.get("evidence", ""))
+
     chunk: list[dict] = []
-    for sample in sorted(samples, key=lambda s: (len(s["text"]), s["id"])):
-        if len(chunk) >= size(len(sample["text"])):
+    for sample in sorted(samples, key=lambda s: (characters(s), s["id"])):
+        if len(chunk) >= size(characters(sample)):
             yield chunk
             chunk = []
         chunk.append(sample)
@@ -587,7 +635,7 @@ def show(task: str, protocol: str, sample: dict, row: dict) -> str:
 class Args(DebateConfig):
     task: str = flag("sciq", "whose wording the prompts have", choices=tuple(PROMPTS))
     protocol: str = flag("debate", "who argues for what", choices=PROTOCOLS)
-    samples: str = flag("", "JSON lines with id and text")
+    samples: str = flag("", "JSON lines with id, text and, if the debaters hold any, evidence")
     strong: str = flag("smollm2-135m", "the debating model: hub id, folder or built-in model")
     choices: str = flag("", "market-making: the weak model's predictions (id, probs), whose choice is argued against")
     seed: tuple = flag((0,), "debate seeds", int)
@@ -612,6 +660,9 @@ def main() -> None:
             f"--protocol {args.protocol} --choices {args.choices!r}: market_making needs the file, no other does"
         )
     samples, out = read_samples(Path(args.samples), "text"), Path(args.out)
+    for number, s in enumerate(samples, 1):
+        if not isinstance(s.get("evidence", ""), str):
+            raise InputError(f"{args.samples}: evidence {str(s['evidence'])[:40]} of row {number} must be a string")
     from train import soft_labels
 
     weak = read_samples(Path(args.choices), "probs") if args.choices else []

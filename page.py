@@ -28,7 +28,7 @@ def build(made: report.Report, out: Path, into: Path) -> str:
     entries, left_out = reader(out, made.debates)
     return env.from_string(text).render(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        made=made, panels=panels(made, out), entries=entries,
+        made=made, verdicts=report.verdicts(made.summary), overviews=overviews(made), panels=panels(made, out), entries=entries,
         left_out=left_out, provenance=lambda number: "\n".join(said_of(by_digest[d]) for d in number.rows),
         is_number=lambda x: isinstance(x, report.Number), link=lambda path: os.path.relpath(out / path, into),
         transcripts=sorted({r["transcripts"] for r in made.debates}),
@@ -82,6 +82,19 @@ def panels(made: report.Report, out: Path) -> dict[str, list[tuple[str, Markup]]
             add("Training loss, first seed", plots.curves, {m: x for m, x in losses.items() if x})
         bins = {labels[m]: reliability(out, cost[m]) for m in CURVES if m in cost}
         add("Calibration on the test split, first seed", plots.calibration, bins)
+    return drawn
+
+
+def overviews(made: report.Report) -> list[tuple[str, Markup]]:
+    """The opening picture: (task, SVG of floor, finetune, controls, ours, bound and ceiling)."""
+    drawn = []
+    for task, cells in made.summary.items():
+        methods = [m for m in report.OVERVIEW if m in cells]
+
+        def draw(ax, methods=methods, cells=cells) -> None:
+            plots.dots(ax, "accuracy", "accuracy %", methods, cells, made.labels)
+
+        drawn.append((task, Markup(plots.svg(f"overview-{task}", draw, 0.9 + 0.22 * len(methods)))))
     return drawn
 
 

@@ -55,7 +55,7 @@ def dots(ax, what: str, xlabel: str, methods: list[str], cells: dict, labels: di
     values = 100 * np.array([cells[m][what] for m in methods])
     error = whiskers(values, 100 * np.array([cells[m][f"{what}_ci"] for m in methods]))
     for n, m in enumerate(methods):
-        color = GREY if m in ("weak_floor", "strong_ceiling") else BLUE
+        color = GREY if m in ("weak_floor", "strong_ceiling") else ORANGE if m == "ours" else BLUE
         ax.errorbar(values[n], n, xerr=error[:, n : n + 1], marker="o", capsize=3, color=color)
     ax.set_yticks(range(len(methods)), [labels[m] for m in methods])
     ax.invert_yaxis()

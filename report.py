@@ -19,6 +19,7 @@ import plots
 import stats
 from common import ROOT, InputError, by_id, read_jsonl, read_manifest, write_jsonl, write_text
 
+OVERVIEW = ("weak_floor", "finetune", "naive_ensemble", "no_argument", "ours", "evidence", "strong_ceiling")
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
 
@@ -26,8 +27,8 @@ FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
 def result_row(task: str, method: str, seed: int, folder: Path, run: Path, supervisor: Path | None) -> dict:
     """How a finished run does on the test split, and what it cost. One of the readers of train_b's gold labels.
 
-    Of a student also how good its weak labels were, and how often it says on train_b what they say, where they are right
-    and where they are wrong.
+    Of a student also how good its weak labels were, and on train_b how often it is wrong where its label was wrong (error
+    inheritance), right there (correction), and wrong where its label was right (new errors).
     """
     manifest = read_manifest(run)
     probs, labels = scored(run / "test.jsonl", folder / "data/test.jsonl")
@@ -39,10 +40,12 @@ def result_row(task: str, method: str, seed: int, folder: Path, run: Path, super
         gold = folder / "data/train_b.gold.jsonl"
         weak, labels = scored(supervisor / "train_b.jsonl", gold)
         student, _ = scored(run / "train_b.jsonl", gold)
-        agrees, right = student.argmax(1) == weak.argmax(1), weak.argmax(1) == labels
+        wrong, right_label = student.argmax(1) != labels, weak.argmax(1) == labels
         row |= {f"weak_label_{k}": v for k, v in quality(weak, labels).items()}
-        for name, where in (("right", right), ("wrong", ~right)):
-            row[f"agrees_where_{name}"] = round(float(agrees[where].mean()), 6) if where.any() else None
+        for name, what, where in (
+            ("error_inheritance", wrong, ~right_label), ("correction", ~wrong, ~right_label), ("new_errors", wrong, right_label),
+        ):  # fmt: skip
+            row[name] = round(float(what[where].mean()), 6) if where.any() else None
     tokens, predictions = manifest.get("train_tokens", 0), str(run.relative_to(folder.parent) / "test.jsonl")
     return row | origin(manifest) | {"tokens": tokens, "predictions": predictions}
 
@@ -155,6 +158,8 @@ def table_of_methods(name: str, title: str, methods: dict[str, str], summary: di
             c, theirs = cells.get(method, {}), (None, None)
             if task in paper["tasks"] and method in paper:
                 theirs = paper[method][paper["tasks"].index(task)]
+            if not c and theirs == (None, None):
+                continue  # neither run nor in the paper
             paper_accuracy, paper_pgr = ("" if x is None else f"{x:.1f}" for x in theirs)
             lines.append([label, percent(c, "accuracy"), paper_accuracy, percent(c, "pgr", 0), paper_pgr])
             p = Number(f"{c['p_holm']:.2g}", "p_holm", c["lead_rows"]) if "p_holm" in c else ""
@@ -211,8 +216,8 @@ COST = {
 CALIBRATION = {
     "Brier": ("brier", "{:.3f}", 1), "ECE %": ("ece",), "says 1, %": ("share_of_1",),
     "weak labels: Brier": ("weak_label_brier", "{:.3f}", 1), "ECE % ": ("weak_label_ece",),
-    "says 1, % ": ("weak_label_share_of_1",), "agrees where right, %": ("agrees_where_right",),
-    "agrees where wrong, %": ("agrees_where_wrong",),
+    "says 1, % ": ("weak_label_share_of_1",), "error inheritance %": ("error_inheritance",),
+    "correction %": ("correction",), "new errors %": ("new_errors",),
 }  # fmt: skip
 DEBATES = {
     "honest side wins %": ("honest_wins",), "first speaker wins %": ("first_speaker_wins",),
@@ -236,16 +241,17 @@ def tables(rows: list[dict], debates: list[dict], summary: dict, labels: dict, s
     for name, title in TABLES.items():
         methods = [m for m, places in shown.items() if name in places]
         if name == "table2":
-            methods = ["weak_floor", *methods, "strong_ceiling"]
+            methods = [*stats.ZERO_SHOT, "weak_floor", *methods, "strong_ceiling"]
         out.append(table_of_methods(name, title, {m: labels[m] for m in methods}, summary))
     of = grouped(rows, lambda r: labels[r["method"]])
     note = "Means over seeds, as if the method were run alone; supervision is its weak models and its share of the debates."
     out.append(table_of_means("cost", "Cost of one seed", of, COST, note))
     note = (
-        "Means over seeds. Brier and ECE of the probabilities on the test split and, of the weak labels, on train_b; there "
-        "also how often the student says what its weak labels say, where these are right and where they are wrong."
+        "Means over seeds. Brier and ECE of the probabilities on the test split and, of the weak labels, on train_b. There "
+        "also: error inheritance, how often the student is wrong where its label was wrong; correction, right there; new "
+        "errors, wrong where its label was right."
     )
-    out.append(table_of_means("calibration", "Calibration, and what students imitate", of, CALIBRATION, note))
+    out.append(table_of_means("calibration", "Calibration, and what students inherit", of, CALIBRATION, note))
     if debates:
         of = grouped(debates, lambda r: f"{r['protocol'].replace('_', '-')}, {r['turns']} turns")
         note = (
@@ -277,6 +283,7 @@ def summarize(out: Path, rows: list[dict]) -> dict[str, dict]:
         for m, of in runs.items():
             cells[m] |= {"rows": digests[m], "lead_rows": digests[m] + digests.get("finetune", ())}
             cells[m] |= {"pgr_rows": digests[m] + sum(bounds, ()), "gap_rows": sum(bounds, ())}
+            cells[m]["n"] = correct[m].shape[1]
             cells[m]["constant"] = any(r["share_of_1"] in (0, 1) for r in of)
             if "weak_label_accuracy" in of[0]:
                 cells[m]["weak_label_accuracy"] = float(np.mean([r["weak_label_accuracy"] for r in of]))
@@ -311,10 +318,12 @@ def collect(
 
 def write(made: Report, into: Path) -> list[Path]:
     """results.jsonl, debates.jsonl, summary.json, tables and figures in `into`; returns the paths."""
-    paths = [into / name for name in ("results.jsonl", "debates.jsonl", "summary.json")]
+    paths = [into / name for name in ("results.jsonl", "debates.jsonl", "summary.json", "verdict.md")]
     write_jsonl(paths[0], made.rows)
     write_jsonl(paths[1], made.debates)
     write_text(paths[2], json.dumps(made.summary, indent=1) + "\n")
+    write_text(paths[3], "".join(f"{''.join(map(str, v))}\n" for v in verdicts(made.summary)))
+    paths += overview(into / "figures", made)
     for table in made.tables:
         paths.append(into / f"tables/{table.name}.md")
         write_text(paths[-1], markdown(table))
@@ -382,6 +391,40 @@ def points_of(name: str, shown: dict, summary: dict) -> dict[str, dict[int, str]
     points = {int(p.split(":")[1]): m for m, places in shown.items() for p in places if p.startswith(f"{name}:")}
     found = {t: {x: m for x, m in sorted(points.items()) if m in cells} for t, cells in summary.items()}
     return {t: of for t, of in found.items() if set(of.values()) - {"ours"}}
+
+
+def verdicts(summary: dict) -> list[list]:
+    """Did debate help? A sentence per task, decided by the interval of ours minus finetune; parts are text or Number."""
+    said = []
+    for task, cells in summary.items():
+        c = cells.get("ours", {})
+        if "lead" not in c:
+            said.append([f"{task}: not asked; ours and finetune were not both run."])
+            continue
+        low, high = c["lead_ci"]
+        answer = "yes" if low > 0 else "no, it hurt" if high < 0 else "not shown, the interval holds zero"
+        parts = [f"{task}: {answer}. Ours minus finetune is ", percent(c, "lead"), " points of test accuracy"]
+        if c["pgr"] is not None:
+            parts += ["; PGR is ", percent(c, "pgr", 0), " %"]
+        elif "gap" in cells.get("strong_ceiling", {}):
+            gap = percent(cells["strong_ceiling"], "gap")
+            parts += ["; PGR is blank, because the ceiling's lead over the floor, ", gap, ", is not clear of zero"]
+        said.append([*parts, f" ({c['seeds']} seeds, {c['n']} test items)."])
+    return said
+
+
+def overview(folder: Path, made: "Report") -> list[Path]:
+    """One picture: accuracy of floor, finetune, controls, ours, bound and ceiling, a panel per task."""
+    if not made.summary:
+        return []
+    fig = Figure(figsize=(1.6 + 3.4 * len(made.summary), 2.6), layout="constrained")
+    axes = fig.subplots(1, len(made.summary), squeeze=False)[0]
+    for ax, (task, cells) in zip(axes, made.summary.items(), strict=True):
+        plots.dots(ax, "accuracy", "accuracy %", [m for m in OVERVIEW if m in cells], cells, made.labels)
+        ax.set_title(task)
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / "overview.png", dpi=130, metadata={"Software": None})
+    return [folder / "overview.png"]
 
 
 def figure(folder: Path, name: str, axis: str, points: dict, labels: dict, summary: dict) -> list[Path]:

@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 w2s.py run ...                                every stage on 8 GPUs
     python w2s.py plan | status | report  (same flags)                        what would run | what is done | tables again
 
-The method, each step a function below: the strong model debates every training sample (`debates`); weak models are
-finetuned on ground truth with the transcripts as context (`train_members`); their soft labels on the other half are
+The method, each step a function below: the strong model debates every training sample (`debates`); weak models, the
+judges, are finetuned on ground truth and read the transcripts (`train_members`); their soft labels on the other half are
 averaged (`label_with_ensemble`); the strong model is finetuned on those (`train_student`) and scored between the weak
 floor and the strong ceiling (`pgr`, in stats.py). Every step is a stage: done once, skipped while nothing that it
 depends on has changed, continued when it was killed.
@@ -64,13 +64,14 @@ from kernels import CHOICES, resolve
 class Method:
     """One way to supervise: a row of a table or a point of a figure.
 
-    `context` is what the members read beside the sample: naive (nothing), debate, consultancy, market_making or
-    no_argument (the sides without their arguments). `members` are pairs (debate seed, finetuning seed), `loss` is the
-    student's, and `shown` says where: "table2", or "figure2:3" for the point at 3.
+    `reads` is what the members, the judges, read beside the question: a protocol's transcripts (debate, consultancy,
+    market_making), sides (without their arguments), evidence (the passage itself), or nothing. `members` are pairs
+    (debate seed, finetuning seed), `loss` is the student's, and `shown` says where: "table2", or "figure2:3" for the
+    point at 3.
     """
 
     label: str
-    context: str
+    reads: str
     members: tuple[tuple[int, int], ...]
     shown: tuple[str, ...]
     turns: int = 3
@@ -90,26 +91,37 @@ def finetune_ensemble(size: int) -> tuple[tuple[int, int], ...]:
 SINGLE, FOUR = debate_ensemble(1), debate_ensemble(4)
 EVERYWHERE = ("table2", "table4", "table5", "figure2:4", "figure3:3")
 METHODS = {
-    "finetune": Method("finetune", "naive", SINGLE, ("table2",)),
-    "finetune_aux": Method("finetune w/ aux. loss", "naive", SINGLE, ("table2",), loss="logconf"),
-    "finetune_pro": Method("finetune w/ pro. loss", "naive", SINGLE, ("table2",), loss="product"),
+    "finetune": Method("finetune", "nothing", SINGLE, ("table2",)),
+    "finetune_aux": Method("finetune w/ aux. loss", "nothing", SINGLE, ("table2",), loss="logconf"),
+    "finetune_pro": Method("finetune w/ pro. loss", "nothing", SINGLE, ("table2",), loss="product"),
     "consultancy": Method("consultancy", "consultancy", FOUR, ("table4",)),
     "market_making": Method("market-making", "market_making", FOUR, ("table4",)),
-    "single": Method("single weak model", "debate", SINGLE, ("table5",)),
+    "single": Method("single weak model", "debate", SINGLE, ("table5", "figure2:1")),
     "finetune_ensembles": Method("finetune ensembles", "debate", finetune_ensemble(4), ("table5",)),
     "ours": Method("ours (debate ensembles)", "debate", FOUR, EVERYWHERE),
-    "naive_ensemble": Method("naive ensemble (control)", "naive", finetune_ensemble(4), ("table5",)),
-    "no_argument": Method("sides without arguments (control)", "no_argument", finetune_ensemble(4), ("table5",)),
+    "naive_ensemble": Method("naive ensemble (control)", "nothing", finetune_ensemble(4), ("table5",)),
+    "no_argument": Method("sides without arguments (control)", "sides", finetune_ensemble(4), ("table5",)),
+    "evidence": Method("reads the evidence itself (bound)", "evidence", SINGLE, ("table5",)),
+    "ensemble_2": Method("2 members", "debate", debate_ensemble(2), ("figure2:2",)),
     "ensemble_3": Method("3 members", "debate", debate_ensemble(3), ("figure2:3",)),
     "ensemble_5": Method("5 members", "debate", debate_ensemble(5), ("figure2:5",)),
     "ensemble_6": Method("6 members", "debate", debate_ensemble(6), ("figure2:6",)),
+    "turns_1": Method("1 turn", "debate", FOUR, ("figure3:1",), turns=1),
+    "turns_2": Method("2 turns", "debate", FOUR, ("figure3:2",), turns=2),
     "turns_4": Method("4 turns", "debate", FOUR, ("figure3:4",), turns=4),
     "turns_5": Method("5 turns", "debate", FOUR, ("figure3:5",), turns=5),
     "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
 }
-BOUNDS = dict(zip(stats.BOUNDS, ("weak performance", "strong ceiling"), strict=True))
-FIGURE_METHODS = tuple(n for n, m in METHODS.items() if all(s.startswith("figure") for s in m.shown))
-FIGURE_TASKS = ("sciq", "anthropic_hh", "facts", "places")  # the paper draws its figures for the first two
+PROTOCOLS = ("debate", "consultancy", "market_making")
+TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
+ZERO_SHOT = {  # without training: the answer whose side is likelier
+    "zero_shot_weak": "weak model, zero-shot",
+    "zero_shot_strong": "strong model, zero-shot",
+    "zero_shot_evidence": "strong model, zero-shot with evidence",
+}
+REFERENCE_RUNS = dict(zip(stats.BOUNDS, ("weak performance", "strong ceiling"), strict=True))
+FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
+NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
 
 PAPER_TASKS = ("sciq", "boolq", "cosmos_qa", "anthropic_hh")
 PRESETS = {
@@ -127,6 +139,7 @@ PRESETS = {
     ),
     "paper": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
+        transcript="last",  # "appended to each sample", as the paper words it
         cache_tokens=30_000, micro_tokens=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
     ),
 }  # fmt: skip
@@ -159,6 +172,9 @@ class Config:
     max_new_tokens: int | None = flag(None, "longest turn (200)", int)
     temperature: float | None = flag(None, "of the debaters (0.4)", float)
     top_p: float | None = flag(None, "of the debaters (1.0)", float)
+    transcript: str | None = flag(
+        None, "where judges read the transcript: before or after the question (first)", choices=("first", "last")
+    )
     chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
@@ -193,7 +209,7 @@ class Config:
         """
         defaults = dict(
             methods=tuple(METHODS), out=f"out/{self.preset}", max_sample_tokens=1024, lr=1e-5, epochs=2, batch_size=32,
-            ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, chat=False, dtype="auto",
+            ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, transcript="first", chat=False, dtype="auto",
             kernels="auto", weak_gpus=0, strong_gpus=0, cache_tokens=32768, micro_tokens=32768,
         ) | PRESETS[self.preset] | PER_TASK.get((self.preset, task), {})  # fmt: skip
         given = {k: v for k, v in vars(self).items() if v is not None and v != ()}
@@ -267,6 +283,7 @@ class Experiment:
         limits = {"limit_train": c.limit_train, "limit_test": c.limit_test, "max_tokens": c.max_sample_tokens}
         source = {
             "task": self.task,
+            "evidence": data.prepare.TASKS[self.task].evidence,
             "data_dir": c.data_dir and "local",
             "formatter": code(data.prepare.TASKS[self.task].formatter),
         }
@@ -282,7 +299,7 @@ class Experiment:
 
     def weak_floor(self, seed: int) -> Stage:
         """The weak model on ground truth, without debate. Replicate 0 stays: market-making asks it for its choice."""
-        return self.member("naive", 0, 0, 0, seed)
+        return self.member("nothing", 0, 0, 0, seed)
 
     def strong_ceiling(self, seed: int) -> Stage:
         """The strong model on the ground truth of the student's half."""
@@ -303,12 +320,13 @@ class Experiment:
         )
         form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
+        inputs |= {f"{part} evidence": path for part in inputs if (path := self.evidence_file(part))}
         if protocol == "market_making":
-            inputs["weak_floor"] = self.asked_floor().folder / "model"
+            inputs["weak_floor"] = self.market_making_judge().folder / "model"
 
         def make(out: Path) -> dict:
             cost: dict[str, int] = {}
-            samples = {part: read_jsonl(self.file(f"{part}.jsonl")) for part in ("train_a", "train_b")}
+            samples = {part: self.samples_with_evidence(part) for part in ("train_a", "train_b")}
             choose = self.weak_choice() if protocol == "market_making" else None
             for n in sorted(set(turns.values())):
                 for part, rows in samples.items():
@@ -333,7 +351,41 @@ class Experiment:
         asked = [debate.debate_prompt(self.task, protocol, turn, side) for turn in range(3) for side in (0, 1)]
         return [*asked, *debate.PROMPTS[self.task].sides]
 
-    def asked_floor(self) -> Stage:
+    def evidence_file(self, part: str) -> Path | None:
+        """The file of what only debaters read, where the task has such a text."""
+        return self.file(f"{part}.evidence.jsonl") if data.prepare.TASKS[self.task].evidence else None
+
+    def samples_with_evidence(self, part: str) -> list[dict]:
+        """What debaters and the bound read; nobody else may."""
+        file, samples = self.evidence_file(part), self.file(f"{part}.jsonl")
+        return joined(samples, file) if file else read_jsonl(samples)
+
+    def zero_shot(self, who: str) -> Stage:
+        """What a model answers without training, by the likelihood of the two sides' names."""
+        import debate
+
+        c = self.config
+        model = self.weak if who == "zero_shot_weak" else self.strong
+        settings = debate.DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
+        parts = ("train_b", "test")
+        inputs = {part: self.file(f"{part}.jsonl") for part in parts}
+        if who == "zero_shot_evidence":
+            inputs |= {f"{part} evidence": self.evidence_file(part) for part in parts}
+
+        def make(out: Path) -> dict:
+            from train import prediction_rows
+
+            speaker = debater(model, settings)
+            for part in parts:
+                rows = self.samples_with_evidence(part) if who == "zero_shot_evidence" else read_jsonl(inputs[part])
+                write_jsonl(out / f"{part}.jsonl", prediction_rows(rows, debate.zero_shot(speaker, self.task, rows)))
+            return {}
+
+        wording = {"wording": self.wording("zero_shot"), "code": code(debate.zero_shot)}
+        config = {"model": model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
+        return Stage(self.folder / "predictions" / who.replace("_", "-"), config | wording, inputs, make)
+
+    def market_making_judge(self) -> Stage:
         """The weak floor that market-making asks: finetuned as a whole, also where only heads are compared."""
         return Experiment(dataclasses.replace(self.config, head_only=False), self.task).weak_floor(0)
 
@@ -341,54 +393,66 @@ class Experiment:
         """Samples and their transcripts so far -> the class that the weak floor prefers."""
         from train import TrainConfig, predict
 
-        classifier = self.classifier(ModelSpec(str(self.asked_floor().folder / "model")))
+        classifier = self.classifier(ModelSpec(str(self.market_making_judge().folder / "model")))
 
         def choose(samples: list[dict], rows: list[dict]) -> list[int]:
-            texts = [self.context("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)]
+            texts = [
+                self.judge_text("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)
+            ]
             return predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
 
         return choose
 
-    def context(self, context: str, sample: dict, row: dict | None, turns: int) -> str:
-        """What a weak model reads of a sample: the text, and what `context` adds to it."""
-        from debate import assign_side, with_transcript
+    def judge_text(self, reads: str, sample: dict, row: dict | None, turns: int) -> str:
+        """What a weak model reads: the question, and beside it what `reads` says (see Method)."""
+        from debate import assign_side, judge_input, transcript_text, with_evidence
 
-        if context == "naive":
+        if reads == "nothing" or reads in PROTOCOLS and turns == 0:
             return sample["text"]
-        if context == "no_argument":
-            return with_transcript(
-                self.task, "debate", sample["text"], [assign_side(sample["id"], t) for t in (0, 1)], ["", ""]
+        if reads == "evidence":
+            return with_evidence(sample["evidence"], sample["text"])
+        if reads == "sides":
+            sides = [assign_side(sample["id"], turn) for turn in (0, 1)]
+            return judge_input(
+                sample["text"], transcript_text(self.task, "debate", sides, ["", ""]), self.config.transcript
             )
-        return with_transcript(self.task, context, sample["text"], row["sides"][:turns], row["turns"][:turns])
+        transcript = transcript_text(self.task, reads, row["sides"][:turns], row["turns"][:turns])
+        return judge_input(sample["text"], transcript, self.config.transcript)
 
     def train_members(self, method: Method, seed: int) -> list[Stage]:
-        """The weak models of a method, each finetuned on train_a's ground truth with its transcripts."""
-        return [self.member(method.context, k, j, method.turns, seed) for k, j in method.members]
+        """The judges of a method, each finetuned on train_a's ground truth with what it reads."""
+        return [self.member(method.reads, k, j, method.turns, seed) for k, j in method.members]
 
-    def member(self, context: str, debate_seed: int, finetune_seed: int, turns: int, seed: int) -> Stage:
-        from debate import with_transcript
+    def member(self, reads: str, debate_seed: int, finetune_seed: int, turns: int, seed: int) -> Stage:
+        from debate import judge_input, transcript_text, with_evidence
 
-        debated = context in ("debate", "consultancy", "market_making")
-        name = f"weak-{context}" + (f"-d{debate_seed}-t{turns}" if debated else "") + f"-f{finetune_seed}-s{seed}"
-        files = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
-        said = {p: self.folder / f"transcripts/{context}/seed{debate_seed}/{p}.jsonl" for p in files if debated}
+        debated = reads in PROTOCOLS
+        called = {"nothing": "naive", "sides": "no_argument"}.get(reads, reads)
+        name = f"weak-{called}" + (f"-d{debate_seed}-t{turns}" if debated else "") + f"-f{finetune_seed}-s{seed}"
+        parts = ("train_a", "train_b")
+        said = {p: self.folder / f"transcripts/{reads}/seed{debate_seed}/{p}.jsonl" for p in parts if debated}
+        inputs = {part: self.file(f"{part}.jsonl") for part in parts}
+        if reads == "evidence":
+            inputs |= {f"{part} evidence": self.evidence_file(part) for part in parts}
+        inputs |= {f"{p} transcripts": functools.partial(beginning, path, turns) for p, path in said.items()}
 
         def read(part: str) -> list[dict]:
-            rows = read_jsonl(self.file(f"{part}.jsonl"))
+            rows = self.samples_with_evidence(part) if reads == "evidence" else read_jsonl(self.file(f"{part}.jsonl"))
             spoken = (
                 by_id(read_jsonl(said[part]), [r["id"] for r in rows], str(said[part]))
-                if debated
+                if debated and part in said
                 else [None] * len(rows)
             )
-            return [r | {"text": self.context(context, r, t, turns)} for r, t in zip(rows, spoken, strict=True)]
+            return [r | {"text": self.judge_text(reads, r, t, turns)} for r, t in zip(rows, spoken, strict=True)]
 
-        inputs = files | {f"{p} transcripts": functools.partial(beginning, path, turns) for p, path in said.items()}
-        floor = context == "naive" and finetune_seed == 0
+        floor = reads == "nothing" and finetune_seed == 0
         reader = name.removesuffix(f"-f{finetune_seed}-s{seed}")
+        judge = [code(Experiment.judge_text), code(judge_input), code(transcript_text), self.config.transcript]
+        wording = self.wording(reads) if debated else self.wording("debate")
         return self.finetuning(
             name, reader, self.weak, self.train_config(self.weak, seed, finetune_seed), inputs, lambda: read("train_a"),
             ("train_b", "test") if floor else ("train_b",), read, keep=floor and seed == 0,
-            reads=None if context == "naive" else [code(Experiment.context), code(with_transcript), self.wording(context)],
+            reads=None if reads == "nothing" else [code(with_evidence)] if reads == "evidence" else [*judge, wording],
         )  # fmt: skip
 
     def label_with_ensemble(self, name: str, seed: int) -> Stage:
@@ -507,34 +571,45 @@ class Experiment:
         cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
         return {name: (p, cost) for name, p in zip(runs, probs, strict=True)}
 
+    def methods(self) -> dict[str, Method]:
+        """The chosen rows and points that this task can have."""
+        chosen = {n: m for n, m in METHODS.items() if n in self.config.methods}
+        if self.task in NO_FIGURES:
+            chosen = {n: m for n, m in chosen.items() if n not in FIGURE_METHODS}
+        has_evidence = data.prepare.TASKS[self.task].evidence
+        return {n: m for n, m in chosen.items() if m.reads != "evidence" or has_evidence}
+
+    def reference_runs(self, seed: int) -> dict[str, Stage]:
+        """What stands around the methods in Table 2: no training, the weak floor, the strong ceiling."""
+        without = [who for who in ZERO_SHOT if who != "zero_shot_evidence" or self.evidence_file("test")]
+        bounds = {"weak_floor": self.weak_floor(seed), "strong_ceiling": self.strong_ceiling(seed)}
+        return {who: self.zero_shot(who) for who in without} | bounds
+
     def stages(self) -> Iterator[Stage]:
         """Every stage that the chosen methods and seeds need, each once, in an order that can run."""
-        methods = {n: m for n, m in METHODS.items() if n in self.config.methods}
-        if self.task not in FIGURE_TASKS:
-            methods = {n: m for n, m in methods.items() if n not in FIGURE_METHODS}
+        methods = self.methods()
         wanted = [self.prepare(), *map(self.weak_floor, self.config.seeds)]
-        for protocol in ("debate", "consultancy", "market_making"):
+        for protocol in PROTOCOLS:
             turns: dict[int, int] = {}
             for m in methods.values():
-                if m.context == protocol:
+                if m.reads == protocol:
                     turns |= {k: max(m.turns, turns.get(k, 0)) for k, _ in m.members}
             if turns:
-                wanted += [self.asked_floor()] if protocol == "market_making" else []
+                wanted += [self.market_making_judge()] if protocol == "market_making" else []
                 wanted.append(self.debates(protocol, turns))
         for seed in self.config.seeds:
             wanted += [stage for m in methods.values() for stage in self.train_members(m, seed)]
         for seed in self.config.seeds:
             wanted += [self.label_with_ensemble(n, seed) for n in methods]
         for seed in self.config.seeds:
-            wanted += [self.strong_ceiling(seed), *(self.train_student(n, seed) for n in methods)]
+            wanted += [*self.reference_runs(seed).values(), *(self.train_student(n, seed) for n in methods)]
         yield from {stage.folder: stage for stage in wanted}.values()
 
     def results(self) -> Iterator[dict]:
-        """One row a (method, seed) that is done: accuracy, the supervisor's accuracy, cost and provenance."""
-        names = [n for n in METHODS if n in self.config.methods]
+        """One row per (method, seed) that is done: accuracy, the supervisor's accuracy, cost and provenance."""
         for seed in self.config.seeds:
-            runs = {"weak_floor": self.weak_floor(seed), "strong_ceiling": self.strong_ceiling(seed)}
-            for name, stage in (runs | {n: self.train_student(n, seed) for n in names}).items():
+            students = {n: self.train_student(n, seed) for n in self.methods()}
+            for name, stage in (self.reference_runs(seed) | students).items():
                 if self.is_there(stage):
                     supervisor = self.label_with_ensemble(name, seed).folder if name in METHODS else None
                     row = report.result_row(self.task, name, seed, self.folder, stage.folder, supervisor)
@@ -546,17 +621,17 @@ class Experiment:
         from debate import PROMPTS
 
         seen, out = set(), Path(self.config.out)
-        methods = [METHODS[n] for n in METHODS if n in self.config.methods]
+        methods = [m for m in self.methods().values() if m.reads in PROTOCOLS]
         for seed in self.config.seeds:
             before = self.weak_floor(seed).folder / "train_b.jsonl"
             for m in methods:
                 for (k, j), stage in zip(m.members, self.train_members(m, seed), strict=True):
-                    said = self.folder / f"transcripts/{m.context}/seed{k}/train_b.jsonl"
+                    said = self.folder / f"transcripts/{m.reads}/seed{k}/train_b.jsonl"
                     if stage.folder not in seen and said.exists() and before.exists() and self.is_there(stage):
                         seen.add(stage.folder)
                         manifest = read_manifest(stage.folder)
                         yield {
-                            "task": self.task, "protocol": m.context, "turns": m.turns, "debate_seed": k,
+                            "task": self.task, "protocol": m.reads, "turns": m.turns, "debate_seed": k,
                             "finetune_seed": j, "seed": seed, "sides": PROMPTS[self.task].sides,
                             **report.origin(manifest),
                             "transcripts": str(said.relative_to(out)), "before": str(before.relative_to(out)),
@@ -578,7 +653,7 @@ class Experiment:
     def supervision_cost(self, method: Method, seed: int) -> dict:
         """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
         members = [read_manifest(m.folder) or {} for m in self.train_members(method, seed)]
-        debates = read_manifest(self.folder / "transcripts" / method.context) or {}
+        debates = read_manifest(self.folder / "transcripts" / method.reads) or {}
         samples = sum(len(read_jsonl(self.file(f"{part}.jsonl"))) for part in ("train_a", "train_b"))
         seeds = {k for k, _ in method.members}
         turns = samples * method.turns * len(seeds)
@@ -693,8 +768,8 @@ def make_all(experiments: list[Experiment]) -> None:
 
 
 def make_one(stage: Stage) -> bool:
-    """Run a stage; debater and classifier, one of which may fill the memory, give way to each other."""
-    debates = stage.folder.parent.name == "transcripts"
+    """Run a stage; the debater and the classifier, each of which may fill the memory, are never held together."""
+    debates = stage.folder.parent.name == "transcripts" or stage.folder.name.startswith("zero-shot")
     if debates:
         release(load_classifier)
     try:
@@ -719,7 +794,7 @@ def write_report(experiments: list[Experiment]) -> None:
     rows = [row for e in experiments for row in e.results()]
     if not rows:
         raise InputError(f"--out {out}: nothing is finished there yet; start with `python w2s.py run`")
-    labels = BOUNDS | {n: m.label for n, m in METHODS.items()}
+    labels = REFERENCE_RUNS | ZERO_SHOT | {n: m.label for n, m in METHODS.items()}
     shown = {n: m.shown for n, m in METHODS.items()}
     into = results_folder(experiments[0].config)
     readings = [reading for e in experiments for reading in e.readings()]

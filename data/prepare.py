@@ -58,6 +58,15 @@ def cosmos_qa(row: dict, coin: Random) -> tuple[str, int]:
     return f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer: {shown}", label
 
 
+def boolq_question(row: dict, coin: Random) -> tuple[str, int]:
+    return f"Question: {row['question']}", int(row["answer"])
+
+
+def cosmos_qa_question(row: dict, coin: Random) -> tuple[str, int]:
+    text, label = cosmos_qa(row | {"context": ""}, coin)
+    return text.removeprefix("Context: \n"), label
+
+
 def anthropic_hh(row: dict, coin: Random) -> tuple[str, int]:
     label = int(coin.random() < 0.5)
     return row["chosen" if label else "rejected"], label
@@ -84,13 +93,15 @@ def about_answer(shown: str) -> Wording:
 class Task:
     """A formatter, what the debaters are told, and where the rows come from.
 
-    `fields` must be in a source row; the content of `key` identifies a question across splits.
+    `fields` must be in a source row; the content of `key` identifies a question across splits. `evidence` names the field
+    that only the debaters read; rows where it is empty are dropped.
     """
 
     formatter: Callable[[dict, Random], tuple[str, int]]
     wording: Wording
     fields: tuple[str, ...]
     key: tuple[str, ...]
+    evidence: str = ""
     test_split: str = "test"
     hub: str | None = None
     revision: str | None = None
@@ -155,6 +166,15 @@ TASKS = {
 }
 TASKS["anthropic_hh_mixed"] = dataclasses.replace(TASKS["anthropic_hh"], source="anthropic_hh", any_rows=True)
 TASKS["places"] = dataclasses.replace(TASKS["facts"], tables=PLACES)
+# The debaters read a text that the judge, the student, the floor and the ceiling do not (LOG.md, 2026-11-25).
+TASKS["sciq_evidence"] = dataclasses.replace(TASKS["sciq"], source="sciq", evidence="support")
+TASKS["boolq_evidence"] = dataclasses.replace(
+    TASKS["boolq"], source="boolq", evidence="passage", formatter=boolq_question
+)
+TASKS["cosmos_qa_evidence"] = dataclasses.replace(
+    TASKS["cosmos_qa"], source="cosmos_qa", evidence="context", formatter=cosmos_qa_question
+)
+TASKS["facts_evidence"] = dataclasses.replace(TASKS["facts"], source="facts", evidence="support")
 TRAIN_CAP, TEST_CAP = 20_000, 10_000  # OpenAI's: the first rows of the source, before any shuffle
 
 
@@ -192,7 +212,9 @@ def fact_tables(name: str) -> list[Path]:
 def facts(tables: list[Path], split: str) -> list[dict]:
     """Questions in SciQ's schema from tables of facts; a third of the entities make the test split.
 
-    An entity stands in one split only, in whatever table: what a test question asks was in no training question.
+    A table's first line has the question and the statement of a fact, made from entity and answer. An entity stands in one
+    split only, in whatever table: what a test question asks was in no training question. The support passage states the
+    fact beside two others of the same table and split.
     """
     rows, lines = [], {path: path.read_text(encoding="utf-8").splitlines() for path in tables}
     facts_of = {path: [line.split("\t") for line in lines[path][1:]] for path in tables}
@@ -200,17 +222,28 @@ def facts(tables: list[Path], split: str) -> list[dict]:
         max(f): min(f) for pairs in facts_of.values() for f in pairs if f[::-1] in pairs
     }  # opposites stand together
     for path, pairs in facts_of.items():
-        template = lines[path][0]
+        template, statement = lines[path][0].removeprefix("# ").split("\t")
         column = sorted({answer for _, answer in pairs})
-        for entity, answer in pairs:
-            if (stable_hash("facts split", group.get(entity, entity)) % 3 == 0) != (split == "test"):
-                continue
-            question = template.removeprefix("# ").replace("{}", entity)
+        of_split = [
+            f for f in pairs if (stable_hash("facts split", group.get(f[0], f[0])) % 3 == 0) == (split == "test")
+        ]
+        for entity, answer in of_split:
+            question = template.replace("{}", entity)
             others = [a for a in column if a != answer and a.lower() not in question.lower()]
             wrong = Random(stable_hash("facts", question)).sample(others, 3)
-            row = {"question": question, "correct_answer": answer, "support": "", "group": group.get(entity, entity)}
+            row = {"question": question, "correct_answer": answer, "group": group.get(entity, entity)}
+            row["support"] = passage(statement, entity, answer, of_split, Random(stable_hash("passage", question)))
             rows.append(row | {f"distractor{i + 1}": a for i, a in enumerate(wrong)})
     return rows
+
+
+def passage(statement: str, entity: str, answer: str, pairs: list[list[str]], random: Random) -> str:
+    """Three facts of one table in random order: this one and two about other entities, with other answers."""
+    others = [p for p in pairs if p[0] != entity and p[1] != answer]
+    three = [(entity, answer), *random.sample(others, min(2, len(others)))]
+    random.shuffle(three)
+    sentences = [statement.format(*pair) for pair in three]
+    return " ".join(s[0].upper() + s[1:] for s in sentences)
 
 
 # ---- samples ----
@@ -223,22 +256,30 @@ KINDS = {  # of the fields that are no text
 
 
 def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], dict]:
-    """Samples {id, key, group, text, label} in seeded order, without incomplete and duplicate rows, and the counts."""
+    """Samples {id, key, group, text, label, evidence} in seeded order, and the counts.
+
+    Incomplete and duplicate rows are dropped. The same row has the same id, and so the same candidate answer and place in
+    the order, in every task of one source. `evidence` is empty where the task has none.
+    """
     task = TASKS[name]
-    samples, counts = {}, {"rows": len(rows), "incomplete": 0, "duplicate": 0}
+    required = task.fields + ((task.evidence,) if task.evidence and task.evidence not in task.fields else ())
+    samples, counts = {}, {"rows": len(rows), "incomplete": 0, "no_evidence": 0, "duplicate": 0}
     for row in rows:
-        missing = [f for f in task.fields if f not in row]
+        missing = [f for f in required if f not in row]
         if missing:
             raise InputError(f"task {name}: a row lacks the field {missing[0]!r}; it has {sorted(row)}")
         if any(row[f] is None for f in task.fields):
             counts["incomplete"] += 1
             continue
-        for f in task.fields:
+        if task.evidence and not str(row[task.evidence] or "").strip():
+            counts["no_evidence"] += 1
+            continue
+        for f in required:
             ok, what = KINDS.get(f, (lambda v: isinstance(v, str), "a text"))
             if not ok(row[f]):
                 raise InputError(f"task {name}: {f} {str(row[f])[:40]!r} of row {row[task.key[0]]!r:.60} is not {what}")
         key = "\x1f".join(" ".join(str(row[f]).lower().split()) for f in task.key)
-        content = json.dumps([name, *(row[f] for f in task.fields)], ensure_ascii=False)
+        content = json.dumps([task.source or name, *(row[f] for f in task.fields)], ensure_ascii=False)
         id = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
         counts["duplicate"] += key in samples
         if key in samples and samples[key]["id"] <= id:  # of rows that ask the same, the smallest id stays
@@ -248,7 +289,8 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
             counts["incomplete"] += 1
             continue
         group = row.get("group", key)
-        samples[key] = {"id": id, "key": key, "group": group, "text": text, "label": label}
+        evidence = " ".join(row[task.evidence].split()) if task.evidence else ""
+        samples[key] = {"id": id, "key": key, "group": group, "text": text, "label": label, "evidence": evidence}
     return sorted(samples.values(), key=lambda s: (stable_hash("shuffle", seed, s["group"]), s["id"])), counts
 
 
@@ -266,7 +308,7 @@ def prepare(
 ) -> dict:  # fmt: skip
     """Write train_a, train_b, train_b.gold and test to `folder`; returns the counts, also written as counts.json.
 
-    A sample of `max_tokens` or more by any of the tokenizers is dropped here, once for every model, and counted; so is
+    Evidence lies in files of its own, <part>.evidence.jsonl, which nothing but debaters and the bound read. A sample of `max_tokens` or more by any of the tokenizers is dropped here, once for every model, and counted; so is
     a training sample whose question also stands in the test split. Raises InputError when a split ends up empty.
     """
     parts, counts = {}, {}
@@ -295,6 +337,8 @@ def prepare(
         rows = [{k: s[k] for k in ("id", "text", "label") if labelled or k != "label"} for s in samples]
         counts[part] = counts.get(part, {}) | {"samples": len(rows), "positive": sum(s["label"] for s in samples)}
         write_jsonl(folder / f"{part}.jsonl", rows)
+        if TASKS[name].evidence:
+            write_jsonl(folder / f"{part}.evidence.jsonl", [{k: s[k] for k in ("id", "evidence")} for s in samples])
     write_jsonl(folder / "train_b.gold.jsonl", [{"id": s["id"], "label": s["label"]} for s in parts["train_b"]])
     write_text(folder / "counts.json", json.dumps(counts, indent=1) + "\n")
     return counts
@@ -303,7 +347,8 @@ def prepare(
 def short_enough(samples: list[dict], tokenizers: tuple, max_tokens: int) -> list[bool]:
     ok = [True] * len(samples)
     for tokenizer in tokenizers:
-        lengths = map(len, tokenizer([s["text"] for s in samples])["input_ids"]) if samples else ()
+        texts = [f"{s['evidence']}\n{s['text']}" if s["evidence"] else s["text"] for s in samples]
+        lengths = map(len, tokenizer(texts)["input_ids"]) if samples else ()
         ok = [a and n < max_tokens for a, n in zip(ok, lengths, strict=True)]
     return ok
 
