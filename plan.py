@@ -15,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common import InputError, ModelSpec, device, print0, read_json
-from debate import DebateConfig
+from common import InputError, print0, read_json
+from generate import DebateConfig
+from model import ModelSpec, device
 
 ROWS = {  # (train after the cap of 20,000, test) on the hub; facts and places from their tables
     "sciq": (11_679, 1_000), "boolq": (9_427, 3_270), "cosmos_qa": (20_000, 2_985), "anthropic_hh": (20_000, 8_552),

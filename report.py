@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 import plots
 import stats
-from common import ROOT, InputError, by_id, read_jsonl, read_manifest, write_jsonl, write_text
+from common import ROOT, InputError, by_id, read_jsonl, write_jsonl, write_text
+from stages import read_manifest
 
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}

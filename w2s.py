@@ -34,28 +34,22 @@ import stats
 from common import (
     ROOT,
     InputError,
-    ModelSpec,
-    Stage,
     by_id,
     check_out,
-    digest,
     flag,
     gather,
     in_groups,
-    is_locked,
-    load_tokenizer,
-    locked,
     parse_dataclass,
     print0,
     rank,
     read_jsonl,
-    read_manifest,
-    resolve_dtype,
     run_script,
     write_jsonl,
     write_text,
 )
 from kernels import CHOICES, resolve
+from model import ModelSpec, load_tokenizer, resolve_dtype
+from stages import Stage, digest, is_locked, locked, read_manifest
 
 # ---- what is compared ----
 
@@ -295,13 +289,14 @@ class Experiment:
     def debates(self, protocol: str, turns: dict[int, int]) -> Stage:
         """Transcripts of train_a and train_b for every debate seed, with `turns[seed]` turns at least."""
         import debate
+        import generate
 
         c = self.config
         folder = self.folder / "transcripts" / protocol
-        settings = debate.DebateConfig(
+        settings = generate.DebateConfig(
             c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, c.cache_tokens, c.engine
         )
-        form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
+        form = [code(f) for f in (debate.encode_question, debate.encode_turn, debate.encode_instruction)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         if protocol == "market_making":
             inputs["weak_floor"] = self.asked_floor().folder / "model"
@@ -435,6 +430,7 @@ class Experiment:
         Runs of one `reader` read the same texts. `reads` identifies how these are made of the inputs, where they are
         not the samples' own.
         """
+        import model as models
         import train
         from kernels import conf_loss
 
@@ -476,7 +472,7 @@ class Experiment:
             for name, rows in files.items() if rank() == 0 else ():
                 write_jsonl(out / f"{name}.jsonl", rows)
             if keep:
-                train.save_model(classifier, out / "model", train_config, f"{self.task}, {folder.name}")
+                models.save_model(classifier, out / "model", train_config, f"{self.task}, {folder.name}")
             return cost
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
@@ -486,6 +482,7 @@ class Experiment:
     @functools.cache  # noqa: B019
     def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
         """All runs of one reader at once: run -> (probabilities of each part, cost). Texts become features only once."""
+        import heads
         import train
 
         start, runs = time.time(), self.heads[reader]
@@ -497,7 +494,7 @@ class Experiment:
 
         labelled, configs = [run[0]() for run in runs.values()], [run[1] for run in runs.values()]
         labels = [train.soft_labels(rows, 2).to(classifier.model.device) for rows in labelled]
-        weights = train.finetune_heads(features(labelled[0], configs[0]), labels, configs, self.config.kernels)
+        weights = heads.finetune_heads(features(labelled[0], configs[0]), labels, configs, self.config.kernels)
         read = {part: read for *_, parts, read in runs.values() for part in parts}
         of = {part: features(read[part](part), configs[0]) for part in read}
         probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
@@ -642,14 +639,14 @@ def load_classifier(spec: ModelSpec, dtype: str, kernels: str, sharded: bool):
     """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
     import torch
 
-    from train import Classifier
+    from model import Classifier
 
     return Classifier(spec, 2, getattr(torch, dtype), kernels, sharded)
 
 
 @functools.lru_cache(maxsize=1)
 def debater(spec: ModelSpec, settings):
-    from debate import ENGINES
+    from generate import ENGINES
 
     return ENGINES[settings.engine](spec, settings)
 
@@ -660,7 +657,7 @@ def debater(spec: ModelSpec, settings):
 def run(experiments: list[Experiment]) -> None:
     check_out(experiments[0].config.out)
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
-    from debate import check_chat
+    from generate import check_chat
 
     for spec in (experiments[0].weak, experiments[0].strong):
         tokenizer = load_tokenizer(spec)  # says what is wrong with a model before anything is written

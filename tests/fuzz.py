@@ -27,8 +27,9 @@ import common
 import debate
 import train
 import w2s
-from common import InputError, Stage, read_samples
+from common import InputError, read_samples
 from data.prepare import TASKS, make_samples
+from stages import Stage
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 value = st.recursive(

@@ -20,8 +20,11 @@ from conftest import ROOT
 
 import common
 import debate
-from common import ModelSpec, Stage, read_jsonl, write_jsonl
-from debate import DebateConfig, Debater, make_transcripts
+from common import read_jsonl, write_jsonl
+from debate import make_transcripts
+from generate import DebateConfig, Debater
+from model import ModelSpec
+from stages import Stage
 
 SEEDS, TURNS, CHUNK = (0, 1), 3, 4
 processes = multiprocessing.get_context("forkserver")

@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT
 
 import w2s
-from common import InputError, digest, locked, run_script, write_jsonl
+from common import InputError, run_script, write_jsonl
+from stages import digest, locked
 
 KILLS = int(os.environ.get("W2S_KILLS", 10))
 FLAGS = ["--preset", "smoke", "--tasks", "sciq", "--seeds", "0", "1", "--limit-train", "24", "--limit-test", "8"]

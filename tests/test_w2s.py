@@ -15,7 +15,8 @@ from conftest import ROOT
 import report
 import stats
 import w2s
-from common import InputError, Stage, by_id, locked, read_jsonl, write_jsonl
+from common import InputError, by_id, read_jsonl, write_jsonl
+from stages import Stage, locked
 from w2s import METHODS, Experiment
 
 PAPER = json.loads((ROOT / "data/paper.json").read_text())
