@@ -212,7 +212,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(map(dump_row, rows)))
 
 
-def by_id(rows: list[dict], ids: list[str], what: str) -> list[dict]:
+def align_by_id(rows: list[dict], ids: list[str], what: str) -> list[dict]:
     """The rows in the order of `ids`. Raises InputError when an id is missing, extra or there twice."""
     table = {str(r.get("id")): r for r in rows}
     if len(table) != len(rows) or table.keys() != set(ids):

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from common import (
     InputError,
+    align_by_id,
     barrier,
     broadcast,
-    by_id,
     check_out,
     dump_row,
     flag,
@@ -138,7 +138,7 @@ def run_protocol(
         rows = [{"id": samples[s]["id"], "sides": [], "turns": [], "n_tokens": []} for s, _ in pairs]
     else:
         rows = [{key: list(v) if isinstance(v, list) else v for key, v in begun[k][s].items()} for s, k in pairs]
-    session = debater.listen([encode_question(debater, task, protocol, s["text"]) for s in samples], K)
+    session = debater.prefill([encode_question(debater, task, protocol, s["text"]) for s in samples], K)
     start = len(rows[0]["turns"])
     said = [
         [encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in range(start)
@@ -149,7 +149,7 @@ def run_protocol(
         else:
             sides = [assign_side(r["id"], turn if protocol == "debate" else 0) for r in rows]
         keys = [("noise", seeds[k], samples[s]["id"], turn) for s, k in pairs]
-        spoken = debater.speak(
+        spoken = debater.decode_turn(
             session, said, [encode_instruction(debater, task, protocol, turn, side) for side in sides], keys
         )
         for row, side, ids in zip(rows, sides, spoken, strict=True):
@@ -188,7 +188,7 @@ def make_transcripts(
     groups: dict[int, list[int]] = {}  # turns there already -> seeds
     for seed, path in files.items():
         have = read_jsonl(path) if path.exists() else []
-        n_turns = count_turns(by_id(have, ids, str(path)), path) if have else 0
+        n_turns = count_turns(align_by_id(have, ids, str(path)), path) if have else 0
         if n_turns < turns:
             groups.setdefault(n_turns, []).append(seed)
     cost = {"new_tokens": 0, "turns": 0}
@@ -231,7 +231,7 @@ def make_transcripts(
         barrier()
         if rank() == 0:
             for k in seeds:
-                rows = by_id(list(read_parts(stems[k]).values()), ids, str(stems[k]))
+                rows = align_by_id(list(read_parts(stems[k]).values()), ids, str(stems[k]))
                 write_jsonl(files[k], rows)
                 for part in part_files(stems[k]):
                     part.unlink()
@@ -341,8 +341,8 @@ def main() -> None:
     asked = {"task": args.task, "protocol": args.protocol, "model": ModelSpec.parse(args.strong).identity()}
     inputs = {name: Path(path) for name in ("samples", "choices") if (path := getattr(args, name))}
     turns = {str(k): args.turns for k in args.seed}
-    stage = Stage(out, asked | dataclasses.asdict(config), inputs, make, at_least=turns, shared=True)
-    if why := stage.in_the_way():
+    stage = Stage(out, asked | dataclasses.asdict(config), inputs, make, minimum=turns, on_all_ranks=True)
+    if why := stage.conflict():
         raise InputError(f"--out {args.out!r} holds something else ({why}); name another folder")
     if stage.difference() != []:
         debater()  # a model that cannot be loaded ends here, before anything is written

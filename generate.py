@@ -30,8 +30,8 @@ class DebateConfig:
     )
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
     cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int)
-    engine: str = flag("own", "what generates: own (a copy of the model a process), sharded (one for all), vllm",
-                       choices=("own", "sharded", "vllm"))  # fmt: skip
+    engine: str = flag("replicated", "replicated: a copy of the model per process; sharded: one copy over all; vllm",
+                       choices=("replicated", "sharded", "vllm"))  # fmt: skip
 
     def batch_size(self, characters: int, seeds: int, turns: int) -> int:
         """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
@@ -96,7 +96,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     return torch.bmm(weights, value.flatten(0, 1)).view(B, 1, H, d), None
 
 
-class SlotLayer(DynamicLayer):
+class GrowingKVLayer(DynamicLayer):
     """Keys and values of one layer in a buffer with room to grow: a new token is written in place, not concatenated.
 
     For one new token attention gets the whole buffer, which is contiguous; columns that hold nothing are masked out.
@@ -107,18 +107,18 @@ class SlotLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def room(self, columns: int) -> int:
+    def capacity_for(self, columns: int) -> int:
         return max(self.capacity, -(-columns // 64) * 64)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         columns = self.length + query_length
-        return columns if query_length > 1 else self.room(columns), 0
+        return columns if query_length > 1 else self.capacity_for(columns), 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.capacity:
             self.buffers, self.is_initialized = [key_states[:, :, :0], value_states[:, :, :0]], True
         seen, columns = self.get_mask_sizes(key_states.shape[2])[0], self.length + key_states.shape[2]
-        more, self.capacity = self.room(columns) - self.capacity, self.room(columns)
+        more, self.capacity = self.capacity_for(columns) - self.capacity, self.capacity_for(columns)
         for i, new in enumerate((key_states, value_states)):
             if more:
                 self.buffers[i] = F.pad(self.buffers[i], (0, 0, 0, more))
@@ -127,8 +127,8 @@ class SlotLayer(DynamicLayer):
         self.keys, self.values = (b[:, :, :seen] for b in self.buffers)
         return self.keys, self.values
 
-    def select(self, rows: Tensor) -> "SlotLayer":
-        other = SlotLayer()
+    def select(self, rows: Tensor) -> "GrowingKVLayer":
+        other = GrowingKVLayer()
         other.buffers, other.length, other.capacity = [b[rows] for b in self.buffers], self.length, self.capacity
         other.is_initialized = True
         return other
@@ -139,11 +139,11 @@ class Session:
 
     def __init__(self, model: torch.nn.Module, n_rows: int):
         self.model = model
-        self.cache = Cache([SlotLayer() for _ in range(model.config.num_hidden_layers)])
+        self.cache = Cache([GrowingKVLayer() for _ in range(model.config.num_hidden_layers)])
         self.mask = torch.zeros(n_rows, 0, dtype=torch.long, device=model.device)  # [B, columns]
 
     @torch.no_grad()
-    def feed(self, *blocks: list[list[int]] | Tensor) -> Tensor:
+    def forward(self, *blocks: list[list[int]] | Tensor) -> Tensor:
         """Append blocks of token lists (or one token a row, [B]), each block aligned at its end, in one forward.
 
         Returns the logits [B, V] after each row's last token.
@@ -159,7 +159,7 @@ class Session:
     def columns(self) -> int:
         return self.mask.shape[1]
 
-    def rewind(self, columns: int) -> None:
+    def truncate(self, columns: int) -> None:
         """Forget everything after the first `columns` columns."""
         self.mask = self.mask[:, :columns]
         for layer in self.cache.layers:
@@ -220,24 +220,26 @@ class Debater:
     def tokens(self, text: str, start: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
 
-    def listen(self, openings: list[list[int]], copies: int) -> Session:
+    def prefill(self, openings: list[list[int]], copies: int) -> Session:
         """A session with `copies` neighbouring rows for each opening. What all openings begin with is computed once."""
         rows = torch.arange(len(openings), device=self.is_end.device)
         common = min(len(os.path.commonprefix(openings)), min(map(len, openings)) - 1)
         session = Session(self.model, 1)
-        session.feed([openings[0][:common]])
+        session.forward([openings[0][:common]])
         session = session.select(torch.zeros_like(rows))
-        session.feed([o[common:] for o in openings])
+        session.forward([o[common:] for o in openings])
         return session.select(rows.repeat_interleave(copies))
 
-    def speak(self, session: Session, before: list, prompts: list[list[int]], keys: list[tuple]) -> list[list[int]]:
+    def decode_turn(
+        self, session: Session, before: list, prompts: list[list[int]], keys: list[tuple]
+    ) -> list[list[int]]:
         """One turn for every row: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
 
         Samples until an end token or the limit. A turn has at least one token: the end is barred at position 0. Rows
         that ended leave the batch by halves.
         """
         config, turn = self.config, session
-        logits = session.feed(*before, prompts).masked_fill(self.is_end, -torch.inf)
+        logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)
         columns = session.columns() - max(map(len, prompts))
         said: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))  # of the batch, as it shrinks
@@ -255,8 +257,8 @@ class Debater:
             if 2 * len(open_rows) <= len(rows):
                 keep = torch.tensor([i for i, r in enumerate(rows) if r in open_rows], device=token.device)
                 turn, token, rows = turn.select(keep), token[keep], [rows[i] for i in keep.tolist()]
-            logits = turn.feed(token)
-        session.rewind(columns)
+            logits = turn.forward(token)
+        session.truncate(columns)
         return said
 
 
@@ -288,7 +290,9 @@ class VllmDebater(Debater):
         try:
             import vllm
         except ImportError:
-            raise InputError("--engine vllm: vllm is not installed here; `pip install vllm`, or --engine own") from None
+            raise InputError(
+                "--engine vllm: vllm is not installed here; `pip install vllm`, or --engine replicated"
+            ) from None
         if self.spec.layers or world_size() > 1:
             raise InputError("--engine vllm: takes a whole model, and one process (no torchrun)")
         source, config = self.spec.source(), self.config
@@ -301,10 +305,10 @@ class VllmDebater(Debater):
             max_tokens=config.max_new_tokens, stop_token_ids=self.is_end.nonzero().flatten().tolist(),
         )  # fmt: skip
 
-    def listen(self, openings: list[list[int]], copies: int) -> list[list[int]]:
+    def prefill(self, openings: list[list[int]], copies: int) -> list[list[int]]:
         return [list(o) for o in openings for _ in range(copies)]
 
-    def speak(self, session: list[list[int]], before: list, prompts: list, keys: list[tuple]) -> list[list[int]]:
+    def decode_turn(self, session: list[list[int]], before: list, prompts: list, keys: list[tuple]) -> list[list[int]]:
         for block in before:
             for context, tokens in zip(session, block, strict=True):
                 context += tokens
@@ -314,4 +318,4 @@ class VllmDebater(Debater):
         return [ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said]  # it keeps the end token
 
 
-ENGINES = {"own": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}
+ENGINES = {"replicated": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}

@@ -37,9 +37,9 @@ class Stage:
     """One resumable step: `make(folder)` writes files into `folder` and returns what it cost (tokens, counts).
 
     The folder is done when its manifest.json, written last, holds the same config and the same digests of inputs (a
-    file, a folder, or a function that computes the digest). Of `at_least` it may hold more; when it holds less, and
+    file, a folder, or a function that computes the digest). Of `minimum` it may hold more; when it holds less, and
     nothing else differs, `make` continues what is there. Under several processes rank 0 makes it while the others
-    wait, unless it is `shared`: then `make` runs on all of them and rank 0's cost counts. `processes` is how many are to
+    wait, unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` is how many are to
     make it together while others make its neighbours (0: all).
     """
 
@@ -47,9 +47,9 @@ class Stage:
     config: dict
     inputs: dict[str, Path | Callable[[], str]]
     make: Callable[[Path], dict]
-    at_least: dict[str, int] = dataclasses.field(default_factory=dict)
-    shared: bool = False
-    processes: int = 0
+    minimum: dict[str, int] = dataclasses.field(default_factory=dict)
+    on_all_ranks: bool = False
+    group_size: int = 0
 
     def wanted(self) -> dict:
         return {
@@ -83,8 +83,8 @@ class Stage:
         return lines + self.too_few(have)
 
     def too_few(self, have: dict) -> list[str]:
-        got = have.get("at_least", {})
-        return [f"{k}: {got.get(k, 0)} -> {n}" for k, n in self.at_least.items() if got.get(k, 0) < n]
+        got = have.get("minimum", {})
+        return [f"{k}: {got.get(k, 0)} -> {n}" for k, n in self.minimum.items() if got.get(k, 0) < n]
 
     def run(self) -> bool:
         """Make the stage unless it is done; True if it was made. A stale folder is moved aside, never overwritten.
@@ -95,7 +95,7 @@ class Stage:
         if begun is None:
             return False
         start = time.time()
-        cost = self.make(self.folder) if self.shared or rank() == 0 else {}
+        cost = self.make(self.folder) if self.on_all_ranks or rank() == 0 else {}
         if rank() == 0:
             self.finish(*begun, {"seconds": round(time.time() - start, 3), **cost})
         barrier()
@@ -107,14 +107,14 @@ class Stage:
         if difference == []:
             return None
         want, before = self.wanted(), read_manifest(self.folder) or {}
-        if why := self.in_the_way():
+        if why := self.conflict():
             before, aside = {}, free_name(self.folder)
             print0(f"stale: {self.folder} ({why}); the old files are now in {aside.name}")
             os.replace(self.folder, aside)
         write_text(self.folder / "started.json", json.dumps(want))
         return want, before
 
-    def in_the_way(self) -> str:
+    def conflict(self) -> str:
         """Why the files in the folder are not this stage's, finished or begun; empty where they are, or there are none."""
         difference = self.difference()
         files = {p.name for p in self.folder.iterdir() if is_output(p)} if self.folder.exists() else set()
@@ -134,8 +134,8 @@ class Stage:
         }
         if before:  # continued: what it cost before counts too
             spent |= {k: v + before.get(k, 0) for k, v in spent.items() if isinstance(v, int | float)}
-        more = {k: max(n, self.at_least.get(k, 0)) for k, n in (before.get("at_least", {}) | self.at_least).items()}
-        manifest = want | {"at_least": more, "outputs": outputs, **spent, **provenance()}
+        more = {k: max(n, self.minimum.get(k, 0)) for k, n in (before.get("minimum", {}) | self.minimum).items()}
+        manifest = want | {"minimum": more, "outputs": outputs, **spent, **provenance()}
         write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         (self.folder / "started.json").unlink()
 
@@ -148,7 +148,7 @@ def is_output(path: Path) -> bool:
 def read_manifest(folder: Path) -> dict | None:
     """A stage's manifest: None where there is none, empty where it is not what a stage writes."""
     have = read_json(folder / "manifest.json")
-    parts = [(have or {}).get(part, {}) for part in ("config", "inputs", "outputs", "at_least")]
+    parts = [(have or {}).get(part, {}) for part in ("config", "inputs", "outputs", "minimum")]
     plain = isinstance((have or {}).get("seconds", 0), int | float)
     whole = plain and all(isinstance(p, dict) for p in parts) and all(type(n) is int for n in parts[3].values())
     return have if whole else {}

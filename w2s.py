@@ -34,7 +34,7 @@ import stats
 from common import (
     ROOT,
     InputError,
-    by_id,
+    align_by_id,
     check_out,
     flag,
     gather,
@@ -157,9 +157,9 @@ class Config:
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
     engine: str = flag(
-        "own",
-        "what generates the debates: own (a copy of the model a GPU), sharded (one over all), vllm",
-        choices=("own", "sharded", "vllm"),
+        "replicated",
+        "what generates the debates: replicated (a copy of the model per process), sharded (one over all), vllm",
+        choices=("replicated", "sharded", "vllm"),
     )
     weak_gpus: int | None = flag(
         None, "processes that share a finetuning of the weak model; others do the next (0: all)", int
@@ -319,7 +319,7 @@ class Experiment:
         asked = {str(k): n for k, n in turns.items()}
         wording = {"wording": self.wording(protocol), "form": form}
         config = {"model": self.strong.identity(), **wording, **dataclasses.asdict(settings)}
-        return Stage(folder, config, inputs, make, at_least=asked, shared=True)
+        return Stage(folder, config, inputs, make, minimum=asked, on_all_ranks=True)
 
     def wording(self, protocol: str) -> list[str]:
         """All that a protocol's prompts say for this task, and its names for the two sides."""
@@ -371,7 +371,7 @@ class Experiment:
         def read(part: str) -> list[dict]:
             rows = read_jsonl(self.file(f"{part}.jsonl"))
             spoken = (
-                by_id(read_jsonl(said[part]), [r["id"] for r in rows], str(said[part]))
+                align_by_id(read_jsonl(said[part]), [r["id"] for r in rows], str(said[part]))
                 if debated
                 else [None] * len(rows)
             )
@@ -393,7 +393,7 @@ class Experiment:
         def make(out: Path) -> dict:
             tables = [read_jsonl(path) for path in members.values()]
             ids = [r["id"] for r in tables[0]]
-            tables = [by_id(t, ids, str(path)) for t, path in zip(tables, members.values(), strict=True)]
+            tables = [align_by_id(t, ids, str(path)) for t, path in zip(tables, members.values(), strict=True)]
             mean = [
                 [sum(p) / len(p) for p in zip(*(r["probs"] for r in rows), strict=True)]
                 for rows in zip(*tables, strict=True)
@@ -476,8 +476,8 @@ class Experiment:
             return cost
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
-        processes = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
-        return Stage(folder, config, inputs | tested, make, at_least=kept, shared=True, processes=processes)
+        group_size = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
+        return Stage(folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size)
 
     @functools.cache  # noqa: B019
     def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
@@ -593,7 +593,9 @@ def results_folder(config: Config) -> Path:
 def joined(texts: Path, labels: Path) -> list[dict]:
     """Samples with their labels from another file, matched by id."""
     rows = read_jsonl(texts)
-    return [r | y for r, y in zip(rows, by_id(read_jsonl(labels), [r["id"] for r in rows], str(labels)), strict=True)]
+    return [
+        r | y for r, y in zip(rows, align_by_id(read_jsonl(labels), [r["id"] for r in rows], str(labels)), strict=True)
+    ]
 
 
 def tokens_by_turn(folder: Path) -> list[int]:
@@ -674,7 +676,7 @@ def run(experiments: list[Experiment]) -> None:
 def make_all(experiments: list[Experiment]) -> None:
     stages = [s for e in experiments for s in e.stages()]
     start, made = time.time(), []
-    for size, like in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].processes):
+    for size, like in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].group_size):
         with in_groups(size) as (mine, groups):  # stages side by side do not need each other
             for n, stage in list(like)[mine::groups]:
                 name = stage.folder.relative_to(experiments[0].config.out)

@@ -30,7 +30,7 @@ GUARDS = [  # guard, file, what stands there, what stands there instead, the tes
     ("shard names", "model.py", "if Path(name).name != name or", "if", "test_bad_input.py -k bad_models"),
     ("remote code", "model.py", ", trust_remote_code=False)\n    if (highest", ")\n    if (highest", "test_bad_input.py -k says_no_to_its_code"),
     ("half a line after a kill", "debate.py", "                drop_torn_lines(stem)\n", "                pass\n", "test_debate.py -k killed_run_continues"),
-    ("others' transcripts", "debate.py", "if why := stage.in_the_way():", "if False:", "test_debate.py -k and_no_others"),
+    ("others' transcripts", "debate.py", "if why := stage.conflict():", "if False:", "test_debate.py -k and_no_others"),
     ("others' beginnings", "stages.py", 'read_json(self.folder / "started.json") == self.wanted()', "True", "test_w2s.py test_robust.py"),
     ("constant answers", "report.py", "        if flat:", "        if False:", "test_report.py -k never_change"),
     ("no room left", "common.py", '("OutOfMemoryError", "SafetensorError")', '("OutOfMemoryError",)', "test_robust.py -k no_room_left"),

@@ -346,15 +346,15 @@ class RecordingSession(generate.Session):
         super().__init__(model, n_rows)
         self.ids = torch.zeros(n_rows, 0, dtype=torch.long)
 
-    def feed(self, *blocks):
+    def forward(self, *blocks):
         self.ids = torch.cat([self.ids, *(generate.aligned(b)[0] for b in blocks)], dim=1)
-        out = super().feed(*blocks)
+        out = super().forward(*blocks)
         if isinstance(blocks[-1], list):
             self.prompts.append([r[m.bool()].tolist() for r, m in zip(self.ids, self.mask, strict=True)])
         return out
 
-    def rewind(self, columns):
-        super().rewind(columns)
+    def truncate(self, columns):
+        super().truncate(columns)
         self.ids = self.ids[:, :columns]
 
     def select(self, rows):
@@ -570,7 +570,7 @@ def test_bad_flags_end_in_one_line(flags, told, tmp_path, samples, monkeypatch, 
 
 def assert_refused(flags, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["debate.py", "--strong", "random-large", "--out", f"{tmp_path}/out", *flags])
-    monkeypatch.setitem(ENGINES, "own", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setitem(ENGINES, "replicated", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as end:
         common.run_script(debate.main)
     message = capsys.readouterr().err

@@ -66,7 +66,7 @@ def products(out: Path) -> dict[str, bytes]:
     for name in list(files):
         if name.endswith("manifest.json"):
             m = json.loads(files[name])
-            files[name] = json.dumps([m["config"], m["inputs"], m["outputs"], m["at_least"]]).encode()
+            files[name] = json.dumps([m["config"], m["inputs"], m["outputs"], m["minimum"]]).encode()
         elif name.endswith(("steps.jsonl", "results.jsonl", "debates.jsonl", "cost.md", "report.html", ".lock")):
             del files[name]
     return files

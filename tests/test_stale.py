@@ -93,10 +93,10 @@ def pretended(stage: Stage) -> Stage:
         rows = [{"id": "a", "text": what, "probs": [0.5, 0.5], "sides": [0] * 6, "turns": [what] * 6}]
         names = [*PARTS, "test", "train_b.gold"]
         if stage.folder.parent.name == "transcripts":
-            names = [f"seed{k}/{part}" for k in stage.at_least for part in PARTS]
+            names = [f"seed{k}/{part}" for k in stage.minimum for part in PARTS]
         for name in names:
             write_jsonl(out / f"{name}.jsonl", rows)
-        if stage.at_least.get("kept models"):
+        if stage.minimum.get("kept models"):
             write_jsonl(out / "model/config.json", rows)
         return {}
 
