@@ -11,7 +11,7 @@ from markupsafe import Markup
 import plots
 import report
 import stats
-from common import ROOT, by_id, read_jsonl
+from common import ROOT, align_by_id, read_jsonl
 
 READER = {"debates": 5000, "bytes": 6_000_000}  # what the debate reader holds at most; the rest is linked
 CONTROLS = {n: chr(0x2400 + n) for n in range(32) if chr(n) not in "\n\t"} | {127: "\u2421"}
@@ -121,7 +121,7 @@ def reader(out: Path, debates: list[dict]) -> tuple[list[dict], int]:
         gold = read_jsonl(out / row["task"] / "data/train_b.gold.jsonl")
         ids, names = [r["id"] for r in gold], ("transcripts", "before", "predictions")
         files = [out / row["task"] / "data/train_b.jsonl", *(out / row[n] for n in names)]
-        sources.append((row, list(zip(gold, *(by_id(read_jsonl(f), ids, str(f)) for f in files), strict=True))))
+        sources.append((row, list(zip(gold, *(align_by_id(read_jsonl(f), ids, str(f)) for f in files), strict=True))))
     entries, size, total = [], 0, sum(len(samples) for _, samples in sources)
     for n in range(max((len(samples) for _, samples in sources), default=0)):
         for row, samples in sources:

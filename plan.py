@@ -15,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common import InputError, ModelSpec, device, print0, read_json
-from debate import DebateConfig
+from common import InputError, print0, read_json
+from generate import DebateConfig
+from model import ModelSpec, device
 
 ROWS = {  # (train after the cap of 20,000, test) on the hub; facts and places from their tables
     "sciq": (11_679, 1_000), "boolq": (9_427, 3_270), "cosmos_qa": (20_000, 2_985), "anthropic_hh": (20_000, 8_552),
@@ -173,7 +174,7 @@ def predicting_memory(m: Shape, gpus: int, tokens: int, e: int, flash: bool, tra
 
 
 def cache_columns(opening: int, asked: int, said: int, new: int, turns: int) -> tuple[int, int]:
-    """Columns of the KV buffer that debate.py's SlotLayer ends with, and those in use at the end."""
+    """Columns of the KV buffer that generate.py's GrowingKVLayer ends with, and those in use at the end."""
     used = opening + (turns - 1) * said + asked + new - 1  # the last token is not read
     return -(-used // 64) * 64, used
 
@@ -400,12 +401,12 @@ def estimates(plans: list[tuple]) -> tuple[dict, dict, list[Need]]:
             group, lines, found = kind, [], []
             if kind == "transcripts":
                 group = f"debates {run}"
-                cost, lines, memory = p.debates(stage.at_least)
+                cost, lines, memory = p.debates(stage.minimum)
                 found = p.debate_needs(run, memory)
             elif kind == "predictions":
                 reader = re.findall(r"^weak-[a-z_]+|^strong|-t\d+", run)
                 group = " ".join(["heads" if heads else "finetune", *reader]).replace(" -", " ")
-                cost, lines = p.finetune(run, bool(stage.at_least.get("kept models")), heads)
+                cost, lines = p.finetune(run, bool(stage.minimum.get("kept models")), heads)
                 texts = (e.task, re.sub(r"-f\d+-s\d+$|(?<=^strong)-.*", "", run))
                 if heads and texts in seen:  # read once for all heads
                     cost |= {"flops": 0, "hours": 0, "tokens": 0}

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 import plots
 import stats
-from common import ROOT, InputError, by_id, read_jsonl, read_manifest, write_jsonl, write_text
+from common import ROOT, InputError, align_by_id, read_jsonl, write_jsonl, write_text
+from stages import read_manifest
 
 OVERVIEW = ("weak_floor", "finetune", "naive_ensemble", "no_argument", "ours", "evidence", "strong_ceiling")
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
@@ -77,7 +78,7 @@ def name_of(row: dict) -> str:
 def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [N, K] and labels [N], in the order of the gold file."""
     labels = read_jsonl(gold)
-    rows = by_id(read_jsonl(predictions), [r["id"] for r in labels], str(predictions))
+    rows = align_by_id(read_jsonl(predictions), [r["id"] for r in labels], str(predictions))
     if not all(isinstance(r.get("probs"), list) and r["probs"] for r in rows) or any("label" not in g for g in labels):
         raise InputError(
             f"{predictions} with {gold}: not probabilities and labels; `python w2s.py status` says what is stale"
@@ -93,7 +94,7 @@ def debate_row(reading: dict, out: Path) -> dict:
     said, turns = read_jsonl(out / reading["transcripts"]), reading["turns"]
     gold = out / reading["task"] / "data/train_b.gold.jsonl"
     (before, labels), (after, _) = scored(out / reading["before"], gold), scored(out / reading["predictions"], gold)
-    said = by_id(said, [r["id"] for r in read_jsonl(gold)], reading["transcripts"])
+    said = align_by_id(said, [r["id"] for r in read_jsonl(gold)], reading["transcripts"])
     length = np.array([sum(r["n_tokens"][:turns]) for r in said])
     first = np.array([r["sides"][0] for r in said])
     was, verdict = before.argmax(1), after.argmax(1)

@@ -11,45 +11,34 @@ the last token of each sample reaches the head. Shapes: B batch, T tokens of the
 """
 
 import dataclasses
-import functools
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import transformers  # its parts are imported when they are used: a plan needs none of them
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from common import (
     InputError,
-    ModelSpec,
     check_out,
-    device,
     flag,
     gather,
-    load_model,
-    load_tokenizer,
     parse_dataclass,
     print0,
     process_group,
     rank,
     read_samples,
-    resolve_dtype,
     run_script,
     stable_hash,
     world_size,
     write_jsonl,
-    write_text,
 )
 from kernels import CHOICES, resolve
 from kernels.conf_loss import MODES, conf_loss, cross_entropy, logconf_target, product_target
-from kernels.tail import tail
+from model import Classifier, ModelSpec, resolve_dtype, save_model, to_device
 
 # name -> loss of (logits [B, K], soft labels [B, K], share of the run done, TrainConfig)
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -146,189 +135,6 @@ def check_kernel(config: TrainConfig, kernels: str, dev: torch.device) -> None:
         )
 
 
-# ---- the packed forward ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Pack:
-    """Where the samples of a packed batch lie: B sample lengths, their running sum, and each token's padded slot."""
-
-    lengths: list[int]
-    cu_seqlens: Tensor  # [B + 1] int32
-    slots: Tensor  # [T] index into [B * longest]
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-
-def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, Pack]:
-    """Token ids [1, T], positions [1, T] that restart with every sample, and the Pack."""
-    lengths = [len(s) for s in samples]
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    row = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
-    cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    ids = torch.tensor([t for s in samples for t in s])
-    where = Pack(lengths, to_device(cu, dev), to_device(row * max(lengths) + positions, dev))
-    return to_device(ids[None], dev), to_device(positions[None], dev), where
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
-    """Causal attention inside each sample of a packed batch: key, value [1, H_kv, T, d] -> [1, T, H, d].
-
-    query [1, H, T, d], or [1, H, B, d] for the last token of each sample: then -> [1, B, H, d].
-    """
-    B, L = len(pack.lengths), pack.longest
-    whole = query.shape[2] == key.shape[2]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        cu = pack.cu_seqlens if whole else torch.arange(B + 1, dtype=torch.int32, device=q.device)
-        out = varlen_attn(
-            q, k, v, cu, pack.cu_seqlens, L if whole else 1, L,
-            scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        return out[None], None
-
-    def padded(x: Tensor) -> Tensor:  # [1, H, T, d] -> [B, H, L, d]
-        H, d = x.shape[1], x.shape[3]
-        return x.new_zeros(B * L, H, d).index_copy(0, pack.slots, x[0].transpose(0, 1)).view(B, L, H, d).transpose(1, 2)
-
-    q = padded(query) if whole else query.permute(2, 1, 0, 3)  # [B, H, L or 1, d]
-    mask = None if whole else (torch.arange(L, device=q.device) < pack.cu_seqlens.diff()[:, None])[:, None, None]
-    with sdpa_kernel(SDPBackend.MATH):  # on short samples several times faster than the CPU's flash backward
-        out = F.scaled_dot_product_attention(
-            q, padded(key), padded(value), mask, is_causal=whole, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
-    if not whole:
-        return out.permute(2, 0, 1, 3), None
-    return out.transpose(1, 2).reshape(B * L, *out.shape[1::2])[pack.slots][None], None
-
-
-def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
-    """The last block of a Llama or Qwen, [1, T, D] -> [1, B, D]: nothing but the last token of each sample leaves it.
-
-    Keys and values are those of all tokens; queries, output projection and MLP are computed for B rows only.
-    """
-    attention, last = layer.self_attn, pack.cu_seqlens[1:].long() - 1
-
-    def heads(x: Tensor, norm: str, rows=slice(None)) -> Tensor:  # [1, T, H * d] -> [1, H, T, d], normed and rotated
-        x = getattr(attention, norm, torch.nn.Identity())(x.unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
-        cos, sin = (e[:, None, rows] for e in position_embeddings)
-        a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-    normed = layer.input_layernorm(hidden)
-    q = heads(attention.q_proj(normed[:, last]), "q_norm", last)
-    k = heads(attention.k_proj(normed), "k_norm")
-    v = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    out, _ = transformers.AttentionInterface()["packed"](attention, q, k, v, None, attention.scaling, pack)
-    hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-class Classifier:
-    """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights."""
-
-    def __init__(
-        self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto", sharded: bool = False
-    ):
-        self.kernels, self.sharded = resolve(kernels), sharded and world_size() > 1
-        self.tokenizer = load_tokenizer(spec)
-        eager = torch.compiler.disable(packed_attention)  # lengths differ: every batch would compile a graph of its own
-        transformers.AttentionInterface.register("packed", eager)
-        auto_class = transformers.AutoModelForSequenceClassification
-        self.model = load_model(spec, auto_class, torch.float32, num_labels=n_classes, attn_implementation="packed")
-        if not hasattr(self.model, "score"):
-            raise InputError(f"model {spec.name!r}: a {self.model.config.model_type} is no decoder-only language model")
-        for name in vars(self.model.config):
-            if name.endswith(("dropout", "pdrop")):
-                setattr(self.model.config, name, 0.0)
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        n_blocks = self.model.config.num_hidden_layers
-        self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
-        self.prunes = self.model.config.model_type in ("llama", "qwen2", "qwen3")
-        if self.prunes:
-            self.blocks[-1].forward = functools.partial(last_block, self.blocks[-1])
-        self.spec, self.dtype = spec, dtype
-        if self.sharded:
-            self.shard()
-        self.pretrained = [local(p).to("cpu", copy=True) for p in self.model.base_model.parameters()]
-        if not self.sharded:
-            self.model.to(dtype=dtype)
-            self.model.score.float()
-        self.model.to(device())
-
-    def shard(self) -> None:
-        """Spread float32 weights, gradients and moments over the ranks of the group (FSDP2); a block is whole while it computes."""
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = DeviceMesh.from_group(process_group() or torch.distributed.group.WORLD, device().type)
-        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-
-    def reset(self, config: TrainConfig) -> None:
-        if config.checkpointing != self.model.is_activation_checkpointing:
-            toggle = "enable" if config.checkpointing else "disable"
-            getattr(self.model, f"activation_checkpointing_{toggle}")()
-        self.model.train(config.checkpointing)  # transformers checkpoints in training mode only; dropout is zero anyway
-        for block in self.blocks:
-            if config.compile and not block._compiled_call_impl:
-                block.compile()
-        if self.sharded:
-            self.model.base_model.reshard()  # a prediction leaves the root's weights gathered, and they would stay the old ones
-        self.optimizer.reset([*self.pretrained, initial_head(self, config.head_init)])
-
-    @functools.cached_property
-    def optimizer(self) -> "MasterAdam":
-        return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
-
-    def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Hidden states after the final norm, of one packed forward, and which rows of them are last tokens (None: all)."""
-        ids, positions, where = pack(samples, self.model.device)
-        hidden = self.model.base_model(
-            input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
-        ).last_hidden_state[0]
-        rows = None if self.prunes else where.cu_seqlens[1:] - 1
-        return hidden, rows
-
-    def features(self, samples: list[list[int]]) -> Tensor:
-        """What the head reads, float32 [B, D]."""
-        hidden, rows = self.hidden(samples)
-        return (hidden if rows is None else hidden[rows.long()]).float()
-
-    def logits(self, samples: list[list[int]]) -> Tensor:
-        """Float32 class logits [B, K]."""
-        hidden, rows = self.hidden(samples)
-        return tail(hidden, rows, None, 0.0, self.model.score.weight, self.kernels)
-
-    def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
-        """Token ids of each text, and how many texts were cut to `max_tokens`."""
-        ids = self.tokenizer(texts, add_special_tokens=True)["input_ids"]
-        if not all(ids):
-            raise ValueError(f"text {ids.index([])} has no token for the head to read: {texts[ids.index([])]!r}")
-        return [i[:max_tokens] for i in ids], sum(len(i) > max_tokens for i in ids)
-
-
-def initial_head(classifier: Classifier, how: str) -> Tensor:
-    """Head weights [K, D] at the start of a run: zeros, or the LM head's rows for the words " no" and " yes"."""
-    weight = classifier.model.score.weight
-    if how == "zero":
-        return torch.zeros_like(weight)
-    lm_head = (
-        load_model(classifier.spec, transformers.AutoModelForCausalLM, torch.float32).get_output_embeddings().weight
-    )
-    words = [classifier.tokenizer(w, add_special_tokens=False)["input_ids"][-1] for w in (" no", " yes")]
-    return lm_head[words].to(weight)
-
-
 def micro_batches(indices: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
     """The indices in turn, cut where a micro-batch would exceed `micro_tokens`; at least one sample each."""
     out: list[list[int]] = []
@@ -349,57 +155,6 @@ def shares(lengths: list[int], micro_tokens: int, n_ranks: int) -> list[list[lis
 
 
 # ---- the loop ----
-
-
-class MasterAdam:
-    """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32.
-
-    Of a sharded parameter it sees this rank's shard. Its buffers serve run after run: `reset` begins a new one.
-    """
-
-    def __init__(self, params: list[Tensor]):
-        self.params, self.masters = params, [local(p).float() for p in params]
-        for p, m in zip(params, self.masters, strict=True):
-            p.grad = torch.zeros_like(p)  # kept and zeroed in place: a step allocates nothing
-            m.grad = local(p.grad) if p.dtype == torch.float32 else torch.empty_like(m)
-        self.rounded = [(p, m) for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
-        self.adam = torch.optim.Adam(self.masters, fused=True)
-
-    @torch.no_grad()
-    def reset(self, starts: list[Tensor]) -> None:
-        """Masters from `starts`, moments and gradients zero."""
-        for m, start in zip(self.masters, starts, strict=True):
-            m.copy_(start)
-        for p, m in self.rounded:
-            p.copy_(m)
-        self.zero_gradients()
-        for state in self.adam.state.values():
-            for moment in state.values():
-                moment.zero_()
-
-    def take_gradients(self, first: bool) -> None:
-        """Move the parameters' gradients to the masters, in place of (first) or on top of what is there."""
-        for p, m in self.rounded:
-            m.grad.copy_(p.grad) if first else m.grad.add_(p.grad)
-            p.grad.zero_()  # the next micro-batch starts from zero
-
-    def zero_gradients(self) -> None:
-        for p in self.params:
-            local(p.grad).zero_()
-
-    def step(self, lr: float) -> None:
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        with torch.no_grad():
-            for p, m in self.rounded:
-                p.copy_(m)
-        self.zero_gradients()
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor, or the tensor; it shares the memory and carries no gradient."""
-    x = x.detach()
-    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def lr_at(step: int, n_steps: int, peak: float) -> float:
@@ -491,11 +246,6 @@ def push_back(classifier: Classifier, tokens: list, y: Tensor, step_frac: float,
     return loss
 
 
-def to_device(x: Tensor, dev: torch.device) -> Tensor:
-    """A copy that the CPU does not wait for."""
-    return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
-
-
 def check_labels(labels: Tensor, n: int) -> None:
     """Raises ValueError where the labels are not N >= 1 probability vectors."""
     if n < 1 or labels.ndim != 2 or len(labels) != n:
@@ -534,40 +284,6 @@ def check_finite(probs: Tensor) -> None:
         raise FloatingPointError(
             f"logits of {len(wrong)} of {len(probs)} samples are not finite, the first is sample {wrong[0]}; try a lower --lr"
         )
-
-
-def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], kernels: str = "auto") -> Tensor:
-    """Heads alone, E at once, on frozen features x [N, D] with E soft labels [N, K]: weights [E, K, D].
-
-    Head e becomes what `configs[e]` would make of it alone: same order, loss and schedule. All must agree in number of
-    steps and batch size.
-    """
-    labels, n_classes, kernels = torch.stack(labels), labels[0].shape[-1], resolve(kernels)
-    seeds = list(dict.fromkeys(c.seed for c in configs))  # heads of one seed read the same batches
-    count = Counter(c.seed for c in configs)
-    n_slots = max(count.values())
-    seed_of = [seeds.index(c.seed) for c in configs]
-    slots = [n_slots * s + (count.subtract([c.seed]) or count[c.seed]) for s, c in zip(seed_of, configs, strict=True)]
-    weight = torch.zeros(len(seeds) * n_slots, n_classes, x.shape[-1], device=x.device, requires_grad=True)
-    adam = torch.optim.Adam([weight], fused=True)
-    alike = {loss: [e for e, c in enumerate(configs) if c.loss == loss] for loss in LOSSES}
-    orders = [batches(len(x), next(c for c in configs if c.seed == seed)) for seed in seeds]
-    orders = list(zip(*orders, strict=True))
-    for step, order in enumerate(tqdm(orders, desc=f"{len(configs)} heads", leave=False, disable=None)):
-        index = to_device(torch.tensor(order), x.device)  # [seeds, B]
-        z = x[index] @ weight.view(len(seeds), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
-        z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
-        y = labels.take_along_dim(index[seed_of][..., None], 1)
-        gradient = torch.empty_like(z)
-        for e in filter(None, alike.values()):
-            gradient[e] = loss_and_gradient(z[e].detach(), y[e], step / len(orders), configs[e[0]], kernels)[1]
-        weight.grad = None
-        z.backward(
-            gradient
-        )  # not autograd.grad: fused Adam reads a gradient as if it lay in memory as its parameter does
-        adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
-        adam.step()
-    return weight.detach()[slots]
 
 
 def soft_labels(rows: list[dict], n_classes: int) -> Tensor:
@@ -640,38 +356,6 @@ def main() -> None:
 
 def prediction_rows(rows: list[dict], probs: Tensor) -> list[dict]:
     return [{"id": r["id"], "probs": [round(x, 7) for x in p.tolist()]} for r, p in zip(rows, probs, strict=True)]
-
-
-def save_model(classifier: Classifier, folder: Path, config: TrainConfig, trained_on: str) -> None:
-    """An ordinary Hugging Face folder with a model card, loadable by AutoModelForSequenceClassification; by rank 0."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(classifier.model, options=whole) if classifier.sharded else None
-    if rank() == 0:
-        classifier.model.save_pretrained(folder, state_dict=weights)
-        classifier.tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", model_card(classifier.spec, config, trained_on))
-
-
-def model_card(spec: ModelSpec, config: TrainConfig, trained_on: str) -> str:
-    blocks = f", its first {spec.layers} blocks" if spec.layers else ""
-    settings = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-classification
----
-# Finetuned on {trained_on}
-
-{Path(spec.name).name}{blocks}, finetuned as a whole with a bias-free two-way head on the last token. Class 1 is the probability that the
-text shown is right, or preferred. Loaded with `dtype=torch.float32` it gives the probabilities recorded in the folder above, to
-the rounding of {config.dtype}. Made by an experiment in weak-to-strong generalization: its labels may be those
-of a weak model, and nothing but the experiment's own test split has been looked at.
-
-| setting | value |
-|---|---|
-{settings}
-"""
 
 
 if __name__ == "__main__":

@@ -26,36 +26,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 import data.prepare
+import debate
+import generate
+import heads
 import page
 import plan as estimate
 import report
 import stats
+import train
 from common import (
     ROOT,
     InputError,
-    ModelSpec,
-    Stage,
-    by_id,
+    align_by_id,
     check_out,
-    digest,
     flag,
     gather,
     in_groups,
-    is_locked,
-    load_tokenizer,
-    locked,
     parse_dataclass,
     print0,
     rank,
     read_jsonl,
-    read_manifest,
-    resolve_dtype,
     run_script,
     write_jsonl,
     write_text,
 )
-from kernels import CHOICES, resolve
+from debate import assign_side, judge_input, transcript_text, with_evidence
+from kernels import CHOICES, conf_loss, resolve
+from model import Classifier, ModelSpec, load_tokenizer, resolve_dtype
+from stages import Stage, digest, is_locked, locked, read_manifest
 
 # ---- what is compared ----
 
@@ -179,9 +180,9 @@ class Config:
     dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
     kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
     engine: str = flag(
-        "own",
-        "what generates the debates: own (a copy of the model a GPU), sharded (one over all), vllm",
-        choices=("own", "sharded", "vllm"),
+        "replicated",
+        "what generates the debates: replicated (a copy of the model per process), sharded (one over all), vllm",
+        choices=("replicated", "sharded", "vllm"),
     )
     weak_gpus: int | None = flag(
         None, "processes that share a finetuning of the weak model; others do the next (0: all)", int
@@ -311,14 +312,13 @@ class Experiment:
 
     def debates(self, protocol: str, turns: dict[int, int]) -> Stage:
         """Transcripts of train_a and train_b for every debate seed, with `turns[seed]` turns at least."""
-        import debate
 
         c = self.config
         folder = self.folder / "transcripts" / protocol
-        settings = debate.DebateConfig(
+        settings = generate.DebateConfig(
             c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, c.cache_tokens, c.engine
         )
-        form = [code(f) for f in (debate.Debater.opening, debate.Debater.said, debate.Debater.asked)]
+        form = [code(f) for f in (debate.encode_question, debate.encode_turn, debate.encode_instruction)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         inputs |= {f"{part} evidence": path for part in inputs if (path := self.evidence_file(part))}
         if protocol == "market_making":
@@ -342,11 +342,10 @@ class Experiment:
         asked = {str(k): n for k, n in turns.items()}
         wording = {"wording": self.wording(protocol), "form": form}
         config = {"model": self.strong.identity(), **wording, **dataclasses.asdict(settings)}
-        return Stage(folder, config, inputs, make, at_least=asked, shared=True)
+        return Stage(folder, config, inputs, make, minimum=asked, on_all_ranks=True)
 
     def wording(self, protocol: str) -> list[str]:
         """All that a protocol's prompts say for this task, and its names for the two sides."""
-        import debate
 
         asked = [debate.debate_prompt(self.task, protocol, turn, side) for turn in range(3) for side in (0, 1)]
         return [*asked, *debate.PROMPTS[self.task].sides]
@@ -362,23 +361,22 @@ class Experiment:
 
     def zero_shot(self, who: str) -> Stage:
         """What a model answers without training, by the likelihood of the two sides' names."""
-        import debate
 
         c = self.config
         model = self.weak if who == "zero_shot_weak" else self.strong
-        settings = debate.DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
+        settings = generate.DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
         parts = ("train_b", "test")
         inputs = {part: self.file(f"{part}.jsonl") for part in parts}
         if who == "zero_shot_evidence":
             inputs |= {f"{part} evidence": self.evidence_file(part) for part in parts}
 
         def make(out: Path) -> dict:
-            from train import prediction_rows
-
             speaker = debater(model, settings)
             for part in parts:
                 rows = self.samples_with_evidence(part) if who == "zero_shot_evidence" else read_jsonl(inputs[part])
-                write_jsonl(out / f"{part}.jsonl", prediction_rows(rows, debate.zero_shot(speaker, self.task, rows)))
+                probs = debate.zero_shot(speaker, self.task, rows)
+                predictions = [{"id": r["id"], "probs": p} for r, p in zip(rows, probs, strict=True)]
+                write_jsonl(out / f"{part}.jsonl", predictions)
             return {}
 
         wording = {"wording": self.wording("zero_shot"), "code": code(debate.zero_shot)}
@@ -391,7 +389,6 @@ class Experiment:
 
     def weak_choice(self):
         """Samples and their transcripts so far -> the class that the weak floor prefers."""
-        from train import TrainConfig, predict
 
         classifier = self.classifier(ModelSpec(str(self.market_making_judge().folder / "model")))
 
@@ -399,13 +396,12 @@ class Experiment:
             texts = [
                 self.judge_text("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)
             ]
-            return predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
+            return train.predict(classifier, texts, train.TrainConfig()).argmax(-1).tolist()
 
         return choose
 
     def judge_text(self, reads: str, sample: dict, row: dict | None, turns: int) -> str:
         """What a weak model reads: the question, and beside it what `reads` says (see Method)."""
-        from debate import assign_side, judge_input, transcript_text, with_evidence
 
         if reads == "nothing" or reads in PROTOCOLS and turns == 0:
             return sample["text"]
@@ -424,8 +420,6 @@ class Experiment:
         return [self.member(method.reads, k, j, method.turns, seed) for k, j in method.members]
 
     def member(self, reads: str, debate_seed: int, finetune_seed: int, turns: int, seed: int) -> Stage:
-        from debate import judge_input, transcript_text, with_evidence
-
         debated = reads in PROTOCOLS
         called = {"nothing": "naive", "sides": "no_argument"}.get(reads, reads)
         name = f"weak-{called}" + (f"-d{debate_seed}-t{turns}" if debated else "") + f"-f{finetune_seed}-s{seed}"
@@ -439,7 +433,7 @@ class Experiment:
         def read(part: str) -> list[dict]:
             rows = self.samples_with_evidence(part) if reads == "evidence" else read_jsonl(self.file(f"{part}.jsonl"))
             spoken = (
-                by_id(read_jsonl(said[part]), [r["id"] for r in rows], str(said[part]))
+                align_by_id(read_jsonl(said[part]), [r["id"] for r in rows], str(said[part]))
                 if debated and part in said
                 else [None] * len(rows)
             )
@@ -462,7 +456,7 @@ class Experiment:
         def make(out: Path) -> dict:
             tables = [read_jsonl(path) for path in members.values()]
             ids = [r["id"] for r in tables[0]]
-            tables = [by_id(t, ids, str(path)) for t, path in zip(tables, members.values(), strict=True)]
+            tables = [align_by_id(t, ids, str(path)) for t, path in zip(tables, members.values(), strict=True)]
             mean = [
                 [sum(p) / len(p) for p in zip(*(r["probs"] for r in rows), strict=True)]
                 for rows in zip(*tables, strict=True)
@@ -481,11 +475,9 @@ class Experiment:
         )  # fmt: skip
 
     def train_config(self, model: ModelSpec, seed: int, finetune_seed: int, loss: str = "xent"):
-        from train import TrainConfig
-
         c = self.config
         lr = c.head_lr if c.head_only else c.weak_lr if model is self.weak else c.lr
-        return TrainConfig(
+        return train.TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
             kernels=c.kernels, micro_tokens=c.micro_tokens,
@@ -499,8 +491,7 @@ class Experiment:
         Runs of one `reader` read the same texts. `reads` identifies how these are made of the inputs, where they are
         not the samples' own.
         """
-        import train
-        from kernels import conf_loss
+        import model as models
 
         read = read or (lambda part: read_jsonl(self.file(f"{part}.jsonl")))
         keep = keep or self.config.keep_models
@@ -540,17 +531,16 @@ class Experiment:
             for name, rows in files.items() if rank() == 0 else ():
                 write_jsonl(out / f"{name}.jsonl", rows)
             if keep:
-                train.save_model(classifier, out / "model", train_config, f"{self.task}, {folder.name}")
+                models.save_model(classifier, out / "model", train_config, f"{self.task}, {folder.name}")
             return cost
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
-        processes = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
-        return Stage(folder, config, inputs | tested, make, at_least=kept, shared=True, processes=processes)
+        group_size = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
+        return Stage(folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size)
 
     @functools.cache  # noqa: B019
     def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
         """All runs of one reader at once: run -> (probabilities of each part, cost). Texts become features only once."""
-        import train
 
         start, runs = time.time(), self.heads[reader]
         classifier = self.classifier(model)
@@ -561,7 +551,7 @@ class Experiment:
 
         labelled, configs = [run[0]() for run in runs.values()], [run[1] for run in runs.values()]
         labels = [train.soft_labels(rows, 2).to(classifier.model.device) for rows in labelled]
-        weights = train.finetune_heads(features(labelled[0], configs[0]), labels, configs, self.config.kernels)
+        weights = heads.finetune_heads(features(labelled[0], configs[0]), labels, configs, self.config.kernels)
         read = {part: read for *_, parts, read in runs.values() for part in parts}
         of = {part: features(read[part](part), configs[0]) for part in read}
         probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
@@ -618,7 +608,6 @@ class Experiment:
     def readings(self) -> Iterator[dict]:
         """The weak models that are done and read debates: where their transcripts and probabilities on train_b are,
         and those of the weak floor, which read none."""
-        from debate import PROMPTS
 
         seen, out = set(), Path(self.config.out)
         methods = [m for m in self.methods().values() if m.reads in PROTOCOLS]
@@ -632,7 +621,7 @@ class Experiment:
                         manifest = read_manifest(stage.folder)
                         yield {
                             "task": self.task, "protocol": m.reads, "turns": m.turns, "debate_seed": k,
-                            "finetune_seed": j, "seed": seed, "sides": PROMPTS[self.task].sides,
+                            "finetune_seed": j, "seed": seed, "sides": debate.PROMPTS[self.task].sides,
                             **report.origin(manifest),
                             "transcripts": str(said.relative_to(out)), "before": str(before.relative_to(out)),
                             "predictions": str((stage.folder / "train_b.jsonl").relative_to(out)),
@@ -671,7 +660,9 @@ def results_folder(config: Config) -> Path:
 def joined(texts: Path, labels: Path) -> list[dict]:
     """Samples with their labels from another file, matched by id."""
     rows = read_jsonl(texts)
-    return [r | y for r, y in zip(rows, by_id(read_jsonl(labels), [r["id"] for r in rows], str(labels)), strict=True)]
+    return [
+        r | y for r, y in zip(rows, align_by_id(read_jsonl(labels), [r["id"] for r in rows], str(labels)), strict=True)
+    ]
 
 
 def tokens_by_turn(folder: Path) -> list[int]:
@@ -715,18 +706,14 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
 @functools.lru_cache(maxsize=1)
 def load_classifier(spec: ModelSpec, dtype: str, kernels: str, sharded: bool):
     """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
-    import torch
-
-    from train import Classifier
 
     return Classifier(spec, 2, getattr(torch, dtype), kernels, sharded)
 
 
 @functools.lru_cache(maxsize=1)
 def debater(spec: ModelSpec, settings):
-    from debate import ENGINES
 
-    return ENGINES[settings.engine](spec, settings)
+    return generate.ENGINES[settings.engine](spec, settings)
 
 
 # ---- commands ----
@@ -735,11 +722,10 @@ def debater(spec: ModelSpec, settings):
 def run(experiments: list[Experiment]) -> None:
     check_out(experiments[0].config.out)
     print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
-    from debate import check_chat
 
     for spec in (experiments[0].weak, experiments[0].strong):
         tokenizer = load_tokenizer(spec)  # says what is wrong with a model before anything is written
-    check_chat(spec, experiments[0].config.chat, tokenizer)
+    generate.check_chat(spec, experiments[0].config.chat, tokenizer)
     for size in (experiments[0].config.weak_gpus, experiments[0].config.strong_gpus):
         with in_groups(size):
             pass  # what cannot be cut is refused now
@@ -752,7 +738,7 @@ def run(experiments: list[Experiment]) -> None:
 def make_all(experiments: list[Experiment]) -> None:
     stages = [s for e in experiments for s in e.stages()]
     start, made = time.time(), []
-    for size, like in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].processes):
+    for size, like in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].group_size):
         with in_groups(size) as (mine, groups):  # stages side by side do not need each other
             for n, stage in list(like)[mine::groups]:
                 name = stage.folder.relative_to(experiments[0].config.out)

@@ -2,18 +2,17 @@
 
     tail.py        hidden states -> class logits: gather of the last tokens, final norm, head
     conf_loss.py   class logits -> loss, gradient and statistics: xent, product, logconf, for E heads at once
-    bench.py       python -m kernels.bench
 
 Nothing here imports torch's CUDA parts or asks for a driver until a kernel is called.
 """
+
+from common import InputError
 
 CHOICES = ("auto", "triton", "reference")
 
 
 def resolve(choice: str) -> str:
     """triton or reference; auto is triton on a GPU and the reference elsewhere. Raises InputError on what cannot run."""
-    from common import InputError
-
     if choice not in CHOICES:
         raise InputError(f"kernels {choice!r}: choose from {', '.join(CHOICES)}")
     if choice == "reference":

@@ -27,8 +27,9 @@ import common
 import debate
 import train
 import w2s
-from common import InputError, Stage, read_samples
+from common import InputError, read_samples
 from data.prepare import TASKS, make_samples
+from stages import Stage
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 value = st.recursive(
@@ -39,7 +40,7 @@ row = st.dictionaries(known, value | st.just([0.5, 0.5]) | st.sampled_from(["a",
 lines = st.lists(row.map(json.dumps) | value.map(json.dumps) | st.text(max_size=20), max_size=4)
 content = st.binary(max_size=40) | lines.map(lambda x: "\n".join(x).encode("utf-8", "surrogatepass"))
 manifest = st.dictionaries(
-    st.sampled_from(["config", "inputs", "outputs", "at_least", "seconds", "commit"]),
+    st.sampled_from(["config", "inputs", "outputs", "minimum", "seconds", "commit"]),
     value | st.dictionaries(st.text(max_size=6) | st.just("../x"), leaf, max_size=3),
 ).map(lambda m: json.dumps(m).encode())
 

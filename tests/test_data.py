@@ -9,8 +9,9 @@ from random import Random
 import pytest
 from conftest import ROOT
 
-from common import InputError, ModelSpec, load_tokenizer, read_jsonl, write_jsonl
+from common import InputError, read_jsonl, write_jsonl
 from data import prepare as p
+from model import ModelSpec, load_tokenizer
 
 PARTS = ("train_a", "train_b", "test")
 TINY = ROOT / "data/tiny"

@@ -11,9 +11,12 @@ from conftest import ROOT
 
 import common
 import debate
-from common import InputError, ModelSpec, read_jsonl, stable_hash, write_jsonl
+import generate
+from common import InputError, read_jsonl, stable_hash, write_jsonl
 from data.prepare import TASKS
-from debate import ENGINES, DebateConfig, Debater, debate_prompt, gumbel, make_transcripts, run_protocol, sample
+from debate import debate_prompt, encode_instruction, encode_question, encode_turn, make_transcripts, run_protocol
+from generate import ENGINES, DebateConfig, Debater, gumbel, sample
+from model import ModelSpec
 
 # ---- prompts ----
 
@@ -294,11 +297,11 @@ def test_transcripts_of_other_samples_are_refused(debater, samples, tmp_path):
 
 def naive_transcript(debater, sample_row, protocol, seed, turns):
     """Without cache or batch: every token from a forward over everything before it."""
-    context = debater.opening("sciq", protocol, sample_row["text"])
+    context = encode_question(debater, "sciq", protocol, sample_row["text"])
     row = {"id": sample_row["id"], "sides": [], "turns": [], "n_tokens": []}
     for turn in range(turns):
         side = debate.assign_side(sample_row["id"], turn if protocol == "debate" else 0)
-        prompt, said = context + debater.asked("sciq", protocol, turn, side), []
+        prompt, said = context + encode_instruction(debater, "sciq", protocol, turn, side), []
         for position in range(debater.config.max_new_tokens):
             with torch.no_grad():
                 logits = debater.model(torch.tensor([prompt + said]), use_cache=False).logits[:, -1]
@@ -313,7 +316,7 @@ def naive_transcript(debater, sample_row, protocol, seed, turns):
         row["sides"].append(side)
         row["turns"].append(text)
         row["n_tokens"].append(len(said))
-        context = context + debater.said(protocol, turn, text)
+        context = context + encode_turn(debater, protocol, turn, text)
     return row
 
 
@@ -334,7 +337,7 @@ def test_a_turn_may_outgrow_the_buffer_of_its_prompt(debater, samples, monkeypat
     assert got["n_tokens"] == [100, 100] and got == naive_transcript(debater, samples[0], "debate", 0, 2)
 
 
-class RecordingSession(debate.Session):
+class RecordingSession(generate.Session):
     """A session that knows its tokens; `prompts` collects all rows whenever lists of tokens were fed."""
 
     prompts: list[list[list[int]]] = []
@@ -343,15 +346,15 @@ class RecordingSession(debate.Session):
         super().__init__(model, n_rows)
         self.ids = torch.zeros(n_rows, 0, dtype=torch.long)
 
-    def feed(self, *blocks):
-        self.ids = torch.cat([self.ids, *(debate.aligned(b)[0] for b in blocks)], dim=1)
-        out = super().feed(*blocks)
+    def forward(self, *blocks):
+        self.ids = torch.cat([self.ids, *(generate.aligned(b)[0] for b in blocks)], dim=1)
+        out = super().forward(*blocks)
         if isinstance(blocks[-1], list):
             self.prompts.append([r[m.bool()].tolist() for r, m in zip(self.ids, self.mask, strict=True)])
         return out
 
-    def rewind(self, columns):
-        super().rewind(columns)
+    def truncate(self, columns):
+        super().truncate(columns)
         self.ids = self.ids[:, :columns]
 
     def select(self, rows):
@@ -362,7 +365,7 @@ class RecordingSession(debate.Session):
 
 @pytest.mark.parametrize("begun", [0, 2])
 def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monkeypatch, begun):
-    monkeypatch.setattr(debate, "Session", RecordingSession)
+    monkeypatch.setattr(generate, "Session", RecordingSession)
     batch = samples[3:7]
     before = run_protocol(debater, "sciq", "debate", batch, [0, 1], begun) if begun else None
     monkeypatch.setattr(RecordingSession, "prompts", [])
@@ -379,7 +382,7 @@ def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monk
 
 
 def test_market_making_argues_against_the_choice(debater, samples, monkeypatch):
-    monkeypatch.setattr(debate, "Session", RecordingSession)
+    monkeypatch.setattr(generate, "Session", RecordingSession)
     monkeypatch.setattr(RecordingSession, "prompts", [])
     asked = []
 
@@ -434,7 +437,7 @@ def chat_model(tiny_model, tmp_path):
 
 
 def test_a_chat_model_is_asked_through_its_template(chat_model, samples, monkeypatch):
-    monkeypatch.setattr(debate, "Session", RecordingSession)
+    monkeypatch.setattr(generate, "Session", RecordingSession)
     monkeypatch.setattr(RecordingSession, "prompts", [])
     debater = Debater(chat_model, DebateConfig(max_new_tokens=4, temperature=1.0, chat=True))
     assert debater.is_end.nonzero().flatten().tolist() == [debater.tokenizer.eos_token_id]
@@ -483,9 +486,9 @@ def test_vllm_is_asked_with_the_same_prompts_and_seeds_whatever_the_batch(tiny_m
         for turn in range(3):
             seed = stable_hash("noise", 1, row["id"], turn)
             assert row["n_tokens"][turn] == max(1, seed % 6)
-            said = [debater.said("debate", t, row["turns"][t]) for t in range(turn)]
-            prompt = sum(said, debater.opening("sciq", "debate", sample_row["text"]))
-            prompt += debater.asked("sciq", "debate", turn, row["sides"][turn])
+            said = [encode_turn(debater, "debate", t, row["turns"][t]) for t in range(turn)]
+            prompt = sum(said, encode_question(debater, "sciq", "debate", sample_row["text"]))
+            prompt += encode_instruction(debater, "sciq", "debate", turn, row["sides"][turn])
             assert (tuple(prompt), seed) in asked[1]
 
 
@@ -567,7 +570,7 @@ def test_bad_flags_end_in_one_line(flags, told, tmp_path, samples, monkeypatch, 
 
 def assert_refused(flags, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["debate.py", "--strong", "random-large", "--out", f"{tmp_path}/out", *flags])
-    monkeypatch.setattr(debate, "Debater", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setitem(ENGINES, "replicated", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as end:
         common.run_script(debate.main)
     message = capsys.readouterr().err

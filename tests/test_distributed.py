@@ -18,8 +18,9 @@ from conftest import ROOT
 from torch.testing import assert_close
 
 import train
-from common import ModelSpec, in_groups, rank, read_jsonl, run_script
+from common import in_groups, rank, read_jsonl, run_script
 from kernels import conf_loss
+from model import Classifier, ModelSpec
 from train import TrainConfig
 
 TEXTS = [f"Q: {'why ' * (i % 7)}{i * 37 % 101} A: {i}" for i in range(21)]
@@ -27,7 +28,7 @@ TEXTS = [f"Q: {'why ' * (i % 7)}{i * 37 % 101} A: {i}" for i in range(21)]
 
 def finetuned(folder: str) -> dict:
     """Losses, hardened labels and predictions of a run with each loss; the last batch has fewer samples than ranks."""
-    classifier = train.Classifier(ModelSpec(folder), 2, torch.float32, sharded=True)
+    classifier = Classifier(ModelSpec(folder), 2, torch.float32, sharded=True)
     labels = torch.tensor([[i * 29 % 31 / 31, 1 - i * 29 % 31 / 31] for i in range(len(TEXTS))])
     out, harden = {}, conf_loss.hardened_to_0
     for loss in train.LOSSES:

@@ -18,8 +18,11 @@ from torch.testing import assert_close
 
 import common
 import train
-from common import InputError, ModelSpec, device
-from kernels import bench, conf_loss, resolve, tail
+from bench import kernels as bench
+from bench import steps
+from common import InputError
+from kernels import conf_loss, resolve, tail
+from model import Classifier, ModelSpec, device
 
 DEVICE = device()
 pytestmark = pytest.mark.filterwarnings(
@@ -237,7 +240,7 @@ def test_a_run_with_kernels_is_a_run_without(samples):
     texts, labels = [s["text"] for s in samples[:16]], train.soft_labels(samples[:16], 2)
     outcomes = []
     for kernels in ("triton", "reference"):
-        classifier = train.Classifier(ModelSpec("random-small"), 2, torch.float32, kernels)
+        classifier = Classifier(ModelSpec("random-small"), 2, torch.float32, kernels)
         assert classifier.kernels == kernels
         config = train.TrainConfig(loss="logconf", lr=1e-2, epochs=2, batch_size=8)
         losses = [row["loss"] for row in train.finetune(classifier, texts, labels, config)["log"]]
@@ -291,9 +294,9 @@ def test_a_step_has_three_launches_no_sync_the_same_bits_and_can_be_captured():
 def test_the_loop_that_steps_are_measured_against_computes_the_same(samples):
     spec, texts = ModelSpec("random-small"), [s["text"] for s in samples]
     labels, config = train.soft_labels(samples, 2), train.TrainConfig(loss="logconf", lr=1e-2, epochs=1, batch_size=16)
-    logs = [bench.build("ours", spec).finetune(texts, labels, config)]
-    encoded = train.Classifier(spec, 2, torch.float32).encode(texts, config.max_tokens)[0]
-    logs += [bench.build(f"openai {n}", spec).finetune(encoded, labels, config) for n in (1, 16)]
+    logs = [steps.build("ours", spec).finetune(texts, labels, config)]
+    encoded = Classifier(spec, 2, torch.float32).encode(texts, config.max_tokens)[0]
+    logs += [steps.build(f"openai {n}", spec).finetune(encoded, labels, config) for n in (1, 16)]
     losses = torch.tensor([[row["loss"] for row in log] for log in logs])
     assert losses.shape == (3, 3) and (losses[0].diff().abs() > 1e-3).all()
     assert_close(losses[1:], losses[:1].expand(2, 3), atol=1e-4, rtol=0)
@@ -308,8 +311,8 @@ def test_peak_memory_counts_what_a_step_holds(monkeypatch):
             self.finetune = lambda: torch.ones(mb << 18, device=DEVICE).sum().item()
 
     def above(mb):
-        monkeypatch.setattr(bench, "build", lambda provider, spec: Holds(mb))
-        return bench.peak_mb("", None, [(), ()])[1]
+        monkeypatch.setattr(steps, "build", lambda provider, spec: Holds(mb))
+        return steps.peak_mb("", None, [(), ()])[1]
 
     assert above(96) - above(32) == pytest.approx(64, abs=8)
 
@@ -331,4 +334,4 @@ def test_the_table_has_a_row_a_provider_and_says_what_it_lacks(tmp_path, monkeyp
 def test_the_benchmark_refuses_too_few_samples(tmp_path, monkeypatch):
     common.write_jsonl(tmp_path / "few.jsonl", [{"id": str(i), "text": "a"} for i in range(40)])
     with pytest.raises(InputError, match="40 rows, 64 are needed"):
-        list(bench.step_rows(bench.Args(samples=str(tmp_path / "few.jsonl"), steps=2, rounds=1)))
+        list(steps.step_rows(steps.Args(samples=str(tmp_path / "few.jsonl"), steps=2, rounds=1)))

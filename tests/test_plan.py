@@ -108,8 +108,9 @@ MEASURED = """
 import json, sys
 import torch
 from torch.profiler import ProfilerActivity, profile
-import debate, train
-from common import ModelSpec
+import debate, generate, model, train
+from debate import encode_instruction, encode_question, encode_turn
+from model import ModelSpec
 torch.set_num_threads(1)
 spec = ModelSpec(sys.argv[1])
 
@@ -124,19 +125,19 @@ def peak(work):
     return most
 
 def step(dtype, checkpointing):
-    classifier = train.Classifier(spec, 2, dtype, "reference")
+    classifier = model.Classifier(spec, 2, dtype, "reference")
     config = train.TrainConfig(epochs=2, batch_size=8, checkpointing=checkpointing, kernels="reference")
     train.finetune(classifier, ["x" * 128] * 8, torch.full((8, 2), 0.5), config)
 
 def decode():
-    debater = debate.Debater(spec, debate.DebateConfig(max_new_tokens=16, temperature=1.0, dtype="float32"))
+    debater = generate.Debater(spec, generate.DebateConfig(max_new_tokens=16, temperature=1.0, dtype="float32"))
     debater.is_end[:] = False
     samples = [{"id": str(i), "text": "y" * 300} for i in range(8)]
     rows = debate.run_protocol(debater, "sciq", "debate", samples, [0, 1, 2, 3], 3)
     rows = [r for seed in rows for r in seed]
-    lengths["said"] = max(len(debater.said("debate", t, r["turns"][t])) for r in rows for t in range(2))
-    lengths["opening"] = len(debater.opening("sciq", "debate", samples[0]["text"]))
-    lengths["asked"] = max(len(debater.asked("sciq", "debate", t, 0)) for t in range(3))
+    lengths["said"] = max(len(encode_turn(debater, "debate", t, r["turns"][t])) for r in rows for t in range(2))
+    lengths["opening"] = len(encode_question(debater, "sciq", "debate", samples[0]["text"]))
+    lengths["asked"] = max(len(encode_instruction(debater, "sciq", "debate", t, 0)) for t in range(3))
 
 lengths = {}
 found = {

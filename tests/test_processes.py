@@ -20,8 +20,11 @@ from conftest import ROOT
 
 import common
 import debate
-from common import ModelSpec, Stage, read_jsonl, write_jsonl
-from debate import DebateConfig, Debater, make_transcripts
+from common import read_jsonl, write_jsonl
+from debate import make_transcripts
+from generate import DebateConfig, Debater
+from model import ModelSpec
+from stages import Stage
 
 SEEDS, TURNS, CHUNK = (0, 1), 3, 4
 processes = multiprocessing.get_context("forkserver")
@@ -69,7 +72,7 @@ def make_stages(folder) -> None:
 
     made = []
     for shared in (False, True):
-        stage = Stage(folder / f"shared{shared}", {"a": 1}, {}, make, shared=shared)
+        stage = Stage(folder / f"shared{shared}", {"a": 1}, {}, make, on_all_ranks=shared)
         made += [stage.run(), stage.run()]
     (folder / f"made{common.rank()}.json").write_text(json.dumps(made))
 
@@ -156,7 +159,7 @@ def test_killed_five_times_the_transcripts_are_the_same_and_nothing_finished_is_
     assert len(chunks) <= len(begun) <= len(chunks) + lost_at_most
 
 
-@pytest.mark.parametrize("engine", ["own", "sharded"])
+@pytest.mark.parametrize("engine", ["replicated", "sharded"])
 def test_torchrun_gives_the_same_bytes(engine, tiny_model, samples, tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", samples[:9])
     flags = [

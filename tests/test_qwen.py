@@ -11,8 +11,9 @@ from conftest import ROOT  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from common import InputError, ModelSpec, load_tokenizer
+from common import InputError
 from data import qwen
+from model import ModelSpec, load_tokenizer
 
 CONFIG = dict(
     model_type="qwen", hidden_size=32, num_attention_heads=4, kv_channels=8, num_hidden_layers=3, intermediate_size=96,

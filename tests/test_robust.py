@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT
 
 import w2s
-from common import InputError, digest, locked, run_script, write_jsonl
+from common import InputError, run_script, write_jsonl
+from stages import digest, locked
 
 KILLS = int(os.environ.get("W2S_KILLS", 10))
 FLAGS = ["--preset", "smoke", "--tasks", "sciq", "--seeds", "0", "1", "--limit-train", "24", "--limit-test", "8"]
@@ -65,7 +66,7 @@ def products(out: Path) -> dict[str, bytes]:
     for name in list(files):
         if name.endswith("manifest.json"):
             m = json.loads(files[name])
-            files[name] = json.dumps([m["config"], m["inputs"], m["outputs"], m["at_least"]]).encode()
+            files[name] = json.dumps([m["config"], m["inputs"], m["outputs"], m["minimum"]]).encode()
         elif name.endswith(("steps.jsonl", "results.jsonl", "debates.jsonl", "cost.md", "report.html", ".lock")):
             del files[name]
     return files

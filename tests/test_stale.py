@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import common
+import stages as stages_module
 import w2s
-from common import Stage, write_jsonl
+from common import write_jsonl
+from stages import Stage
 from w2s import Config, Experiment
 
 METHODS = ("finetune", "ours", "market_making", "no_argument")
@@ -92,10 +93,10 @@ def pretended(stage: Stage) -> Stage:
         rows = [{"id": "a", "text": what, "probs": [0.5, 0.5], "sides": [0] * 6, "turns": [what] * 6}]
         names = [*PARTS, "test", "train_b.gold"]
         if stage.folder.parent.name == "transcripts":
-            names = [f"seed{k}/{part}" for k in stage.at_least for part in PARTS]
+            names = [f"seed{k}/{part}" for k in stage.minimum for part in PARTS]
         for name in names:
             write_jsonl(out / f"{name}.jsonl", rows)
-        if stage.at_least.get("kept models"):
+        if stage.minimum.get("kept models"):
             write_jsonl(out / "model/config.json", rows)
         return {}
 
@@ -113,7 +114,7 @@ def experiment(out: Path, **changes) -> Experiment:
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("stale") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "provenance", dict)
+        patch.setattr(stages_module, "provenance", dict)
         for stage in experiment(out).stages():
             assert pretended(stage).run()
     return out
@@ -129,7 +130,7 @@ def test_the_table_knows_every_kind_of_stage_and_every_field(done):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(fields=st.sets(st.sampled_from(sorted(READ_BY)), min_size=1, max_size=3))
 def test_exactly_what_depends_on_a_change_is_stale_and_made_again(done, tmp_path, monkeypatch, capsys, fields):
-    monkeypatch.setattr(common, "provenance", dict)
+    monkeypatch.setattr(stages_module, "provenance", dict)
     out = tmp_path / "out"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(done, out)

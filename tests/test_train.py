@@ -13,10 +13,12 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import heads
 import train
-from common import InputError, ModelSpec, load_model, read_jsonl, write_jsonl
+from common import InputError, read_jsonl, write_jsonl
 from kernels import conf_loss
-from train import Classifier, TrainConfig
+from model import Classifier, MasterAdam, ModelSpec, load_model, save_model
+from train import TrainConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
 
@@ -174,7 +176,7 @@ def classifier():
 def recorded(classifier, texts, labels, config, monkeypatch):
     """A run: its losses, the gradients before each step, what was hardened, and the predictions."""
     gradients, hardened = [], []
-    step, harden = train.MasterAdam.step, conf_loss.hardened_to_0
+    step, harden = MasterAdam.step, conf_loss.hardened_to_0
 
     def spy_step(self, lr):
         gradients.append(torch.cat([m.grad.flatten() for m in self.masters]))
@@ -185,7 +187,7 @@ def recorded(classifier, texts, labels, config, monkeypatch):
         return harden(z, y)
 
     with monkeypatch.context() as m:
-        m.setattr(train.MasterAdam, "step", spy_step)
+        m.setattr(MasterAdam, "step", spy_step)
         m.setattr(conf_loss, "hardened_to_0", spy_harden)
         losses = torch.tensor([row["loss"] for row in train.finetune(classifier, texts, labels, config)["log"]])
     return losses, torch.stack(gradients), hardened, train.predict(classifier, texts, config)
@@ -380,7 +382,7 @@ def test_longer_inputs_are_cut_and_counted(classifier, samples):
 
 def test_bfloat16_weights_follow_float32_masters():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    adam = train.MasterAdam([p])
+    adam = MasterAdam([p])
     for _ in range(100):  # each step is far below bfloat16's spacing of 1/256 under 1
         p.grad.fill_(1.0)
         adam.take_gradients(first=True)
@@ -431,7 +433,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(classifier, samples):
 def test_a_saved_model_gives_the_recorded_probabilities(tmp_path, tiny_model, samples):
     classifier = Classifier(ModelSpec.parse(tiny_model("qwen2", 4) + ":3"), 2, torch.float32)
     _, probs = finetuned(classifier, samples)
-    train.save_model(classifier, tmp_path / "model", TrainConfig(lr=0.5), "these <samples>")
+    save_model(classifier, tmp_path / "model", TrainConfig(lr=0.5), "these <samples>")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     texts = [s["text"] for s in samples]
@@ -567,7 +569,7 @@ def test_heads_trained_at_once_are_those_trained_alone(n):
         TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8) for seed in range(3) for loss in train.LOSSES
     ][-n:]
     labels = [(4 * torch.randn(45, 2)).softmax(-1) for _ in configs]
-    weights = train.finetune_heads(x, labels, configs)
+    weights = heads.finetune_heads(x, labels, configs)
     for e, config in enumerate(configs):
         assert_close(weights[e], head_alone(x, labels[e], config), atol=1e-5, rtol=0)
     assert weights.abs().mean() > 0.01 and (n == 1 or weights.flatten(1).std(0).mean() > 0.01)

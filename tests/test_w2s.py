@@ -15,7 +15,8 @@ from conftest import ROOT
 import report
 import stats
 import w2s
-from common import InputError, Stage, by_id, locked, read_jsonl, write_jsonl
+from common import InputError, align_by_id, read_jsonl, write_jsonl
+from stages import Stage, locked
 from w2s import METHODS, Experiment
 
 PAPER = json.loads((ROOT / "data/paper.json").read_text())
@@ -86,7 +87,7 @@ def test_the_papers_numbers_are_copied_right():
 # ---- stages ----
 
 
-def counting_stage(folder, calls, config, inputs=None, at_least=None, fail=False):
+def counting_stage(folder, calls, config, inputs=None, minimum=None, fail=False):
     def make(out):
         calls.append(config)
         (out / "half.txt").write_text("half")
@@ -95,7 +96,7 @@ def counting_stage(folder, calls, config, inputs=None, at_least=None, fail=False
         (out / "result.txt").write_text(str(config))
         return {"tokens": 5}
 
-    return Stage(folder, config, inputs or {}, make, at_least or {})
+    return Stage(folder, config, inputs or {}, make, minimum or {})
 
 
 @pytest.fixture
@@ -177,21 +178,21 @@ def test_a_killed_stage_is_continued_by_the_same_work_only(tmp_path):
 
 def test_a_stage_that_holds_more_is_done_and_one_that_holds_less_is_continued(tmp_path):
     folder, calls = tmp_path / "stage", []
-    assert counting_stage(folder, calls, {"lr": 1}, at_least={"0": 3, "1": 3}).run()
+    assert counting_stage(folder, calls, {"lr": 1}, minimum={"0": 3, "1": 3}).run()
     (folder / "begun.txt").write_text("3 turns")
-    assert not counting_stage(folder, calls, {"lr": 1}, at_least={"0": 2}).run()
-    more = counting_stage(folder, calls, {"lr": 1}, at_least={"0": 6, "2": 3})
+    assert not counting_stage(folder, calls, {"lr": 1}, minimum={"0": 2}).run()
+    more = counting_stage(folder, calls, {"lr": 1}, minimum={"0": 6, "2": 3})
     assert more.difference() == ["0: 3 -> 6", "2: 0 -> 3"] and more.run()
     assert (folder / "begun.txt").exists()
-    assert json.loads((folder / "manifest.json").read_text())["at_least"] == {"0": 6, "1": 3, "2": 3}
+    assert json.loads((folder / "manifest.json").read_text())["minimum"] == {"0": 6, "1": 3, "2": 3}
 
 
 def test_rows_are_matched_by_id():
     rows = [{"id": "a", "v": 1}, {"id": "b", "v": 2}]
-    assert by_id(rows, ["b", "a"], "f") == rows[::-1]
+    assert align_by_id(rows, ["b", "a"], "f") == rows[::-1]
     for bad in (rows[:1], [*rows, {"id": "c"}], [*rows, rows[0]], [rows[0], {"id": "c"}]):
         with pytest.raises(ValueError, match="f: ids do not match"):
-            by_id(bad, ["a", "b"], "f")
+            align_by_id(bad, ["a", "b"], "f")
 
 
 # ---- which stages there are ----
@@ -216,7 +217,7 @@ def test_one_debate_serves_all_points_of_both_figures(tmp_path):
     names = names_of(experiment)
     assert len(figures) == 7 and [n for n in names if n.startswith("transcripts/")] == ["transcripts/debate"]
     [debates] = [s for s in experiment.stages() if s.folder.parent.name == "transcripts"]
-    assert debates.at_least == {"0": 6, "1": 6, "2": 6, "3": 6, "4": 3, "5": 3}
+    assert debates.minimum == {"0": 6, "1": 6, "2": 6, "3": 6, "4": 3, "5": 3}
     members = [n for n in names if n.startswith("predictions/weak-debate")]
     assert len(members) == 2 * (6 + 3 * 4)  # six seeds at three turns; four at four, five and six turns
 

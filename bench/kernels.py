@@ -1,56 +1,34 @@
-"""The kernel benchmark, and whole finetuning steps against the loop of OpenAI's weak-to-strong code.
+"""The kernel benchmark: tail, loss and their gradients, beside PyTorch, torch.compile and OpenAI's way.
 
-    python -m kernels.bench --csv bench.csv                                    every row that this machine can run
-    python -m kernels.bench --rows S --samples train.jsonl --model smollm2-135m   steps on the texts of a file
+    python -m bench.kernels --csv kernels.csv        every row that this machine can run
 
-T1 to T4: tail, loss and their gradients, B samples of K = 2 classes; T1 to T3 read padded hidden states [B, T, D], T4 packed
-ones, with the final norm. T5: loss and gradient of E heads at once. S: whole steps of train.py's packed loop and of the
-other loop (minibatches padded to their longest sample, logits stacked, one loss, one backward), same model and batches, in turns.
-Every provider but openai hands back the gradient of the B rows alone; openai that of all of `hidden`, as its loop does.
+T1 to T4: B samples of K = 2 classes; T1 to T3 read padded hidden states [B, T, D], T4 packed ones, with the final norm.
+T5: loss and gradient of E heads at once. Every provider but openai returns the gradient of the B rows alone; openai that
+of all of `hidden`, as its loop does.
 
 Columns: median, 20th and 80th percentile of the wall time with a synchronised GPU; GPU time from a flushed L2 cache (cold);
-peak memory above the inputs (S: of the process, and above what it holds between steps); kernel launches; worst relative error
-of loss and weight gradients, and of dh, against float64 (S: largest difference of a step's loss); time to move the bytes
-once at the measured copy bandwidth (floor), and how many floors the median took.
+peak memory above the inputs; kernel launches; worst relative error of loss and weight gradients, and of dh, against
+float64; time to move the bytes once at the measured copy bandwidth (floor), and how many floors the median took.
 """
 
-import contextlib
 import csv
-import ctypes
 import dataclasses
 import importlib.util
 import io
-import itertools
-import multiprocessing
-import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
 
 import train
-from common import (
-    InputError,
-    ModelSpec,
-    device,
-    flag,
-    load_model,
-    parse_dataclass,
-    print0,
-    provenance,
-    read_samples,
-    resolve_dtype,
-    run_script,
-    write_text,
-)
+from common import flag, parse_dataclass, print0, run_script, write_text
 from kernels import conf_loss, tail
+from model import device
+from stages import provenance
 
 DEVICE = device()
 GPU = DEVICE.type == "cuda"
@@ -65,12 +43,8 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    rows: tuple = flag(("T1", "T2", "T3", "T4", "T5", "S"), "which to run", choices=("T1", "T2", "T3", "T4", "T5", "S"))
+    rows: tuple = flag(("T1", "T2", "T3", "T4", "T5"), "which to run", choices=("T1", "T2", "T3", "T4", "T5"))
     csv: str = flag("", "file to write the rows to")
-    model: str = flag("smollm2-135m", "of the S rows: hub id, folder or built-in model; `:N` keeps the first N blocks")
-    samples: str = flag("", "JSON lines with text for the S rows; default: 16 to 28, and 100 to 500, common words")
-    steps: int = flag(4, "S rows: steps a round; the first is not counted", int)
-    rounds: int = flag(2, "S rows: rounds, in each of which every provider has its turn on the same batches", int)
 
 
 # ---- T: tail and loss ----
@@ -325,160 +299,10 @@ def tail_rows(args: Args, seconds: float = 0.5):
             yield row | {"floor_ms": floor, "floors": row["p50_ms"] / floor}
 
 
-# ---- S: whole steps ----
-
-
-def common_words(low: int, high: int, n: int) -> list[str]:
-    words, r = (
-        "the a of to in is it that for was on are as with his they at be this from have or by one".split(),
-        random.Random(0),
-    )
-    return [" ".join(r.choices(words, k=r.randint(low, high))) for _ in range(n)]
-
-
-class OpenAILoop:
-    """The other loop: plain model, minibatches padded to their longest sample, all logits of a batch stacked, one backward."""
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, minibatch: int):
-        self.model = load_model(spec, AutoModelForSequenceClassification, dtype, num_labels=2).to(DEVICE).eval()
-        self.pretrained = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.minibatch = minibatch
-
-    def finetune(self, samples: list[list[int]], labels: Tensor, config: train.TrainConfig) -> list[dict]:
-        """As train.finetune from a zero head; one row a step."""
-        self.model.load_state_dict(self.pretrained)
-        torch.nn.init.zeros_(self.model.score.weight)
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
-        schedule, log, n_tokens = list(train.batches(len(samples), config)), [], 0
-        for step, batch in enumerate(schedule):
-            optimizer.param_groups[0]["lr"] = train.lr_at(step, len(schedule), config.lr)
-            logits = []
-            for i in range(0, len(batch), self.minibatch):
-                chosen = [torch.tensor(samples[j]) for j in batch[i : i + self.minibatch]]
-                ids = pad_sequence(chosen, batch_first=True).to(DEVICE)
-                hidden = self.model.base_model(input_ids=ids, use_cache=False)[
-                    0
-                ]  # causal: padding behind changes nothing
-                logits += [self.model.score(hidden[j, len(s) - 1]) for j, s in enumerate(chosen)]
-            y = labels[batch].to(DEVICE)
-            loss = train.LOSSES[config.loss](torch.stack(logits).float(), y, step / len(schedule), config)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            n_tokens += sum(len(samples[j]) for j in batch)
-            log.append({"loss": loss.item(), "tokens": n_tokens, "seconds": time.time()})
-        return log
-
-
-class OurLoop:
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, kernels: str):
-        self.classifier = train.Classifier(spec, 2, dtype, kernels)
-
-    def finetune(self, texts: list[str], labels: Tensor, config: train.TrainConfig) -> list[dict]:
-        """train.finetune, with a clock that waits for the GPU at the end of every step, as the other loop does."""
-        optimizer, ends = self.classifier.optimizer, []
-
-        def timed_step(lr: float) -> None:
-            type(optimizer).step(optimizer, lr)
-            synchronise()
-            ends.append(time.time())
-
-        optimizer.step = timed_step
-        log = train.finetune(self.classifier, texts, labels, config)["log"]
-        del optimizer.step
-        return [row | {"seconds": end} for row, end in zip(log, ends, strict=True)]
-
-
-def build(provider: str, spec: ModelSpec) -> OpenAILoop | OurLoop:
-    dtype = resolve_dtype("auto")
-    if provider.startswith("openai"):
-        return OpenAILoop(spec, dtype, int(provider.split()[1]))
-    return OurLoop(spec, dtype, "triton" if provider == "ours" and GPU else "reference")
-
-
-def peak_mb(provider: str, spec: ModelSpec, rounds: list[tuple]) -> tuple[float, float]:
-    """In a process of its own: peak memory of a round after a first one, and that above what is held between them."""
-    loop = build(provider, spec)
-    loop.finetune(*rounds[0])
-    if GPU:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        loop.finetune(*rounds[-1])
-        peak = torch.cuda.max_memory_allocated()
-        return peak / 2**20, (peak - before) / 2**20
-
-    def resident(what: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**10
-
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libc.so.6").malloc_trim(
-            0
-        )  # give freed pages back, so that the level between steps is what is held
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    loop.finetune(*rounds[-1])
-    peak = resident("VmHWM")
-    return peak, peak - before
-
-
-def step_rows(args: Args):
-    """One row a text source and provider; every round gives each provider the same batches."""
-    spec = ModelSpec.parse(args.model)
-    config = train.TrainConfig(loss="logconf", epochs=1)
-    n = config.batch_size * args.steps
-    if args.samples:
-        texts = [r["text"] for r in read_samples(Path(args.samples), "text")]
-        if len(texts) < n * args.rounds:
-            raise InputError(
-                f"--samples {args.samples!r}: {len(texts)} rows, {n * args.rounds} are needed; lower --steps or --rounds"
-            )
-        sources = {Path(args.samples).stem: texts}
-    else:
-        sources = {
-            f"{low}-{high} words": common_words(low, high, n * args.rounds) for low, high in ((16, 28), (100, 500))
-        }
-    names = ["ours", *(["ours, kernels off"] if GPU else []), "openai 1", f"openai {config.batch_size}"]
-    loops = {name: build(name, spec) for name in names}
-    encode = loops["ours"].classifier.encode
-    labels = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    labels = torch.cat([labels, 1 - labels], 1)
-    for source, texts in sources.items():
-        chunks = [texts[i : i + n] for i in range(0, n * args.rounds, n)]
-        inputs = {
-            name: [(encode(c, config.max_tokens)[0] if "openai" in name else c, labels, config) for c in chunks]
-            for name in names
-        }
-        logs: dict[str, list] = {name: [] for name in names}
-        for i in range(args.rounds):
-            for name in names if i % 2 == 0 else names[::-1]:
-                logs[name].append(loops[name].finetune(*inputs[name][i]))
-        tokens = sum(len(s) for s in encode(texts, config.max_tokens)[0]) / len(texts)
-        for name in names:
-            steps = [
-                (b["seconds"] - a["seconds"], b["tokens"] - a["tokens"])
-                for log in logs[name]
-                for a, b in itertools.pairwise(log)
-            ]
-            off = max(
-                abs(a["loss"] - b["loss"])
-                for x, y in zip(logs[name], logs["ours"], strict=True)
-                for a, b in zip(x, y, strict=True)
-            )
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                peak, above = pool.submit(peak_mb, name, spec, inputs[name]).result()
-            yield dict.fromkeys(COLUMNS) | {
-                "row": "S", "shape": f"{args.model} {source}, {tokens:.0f} tokens a sample", "loss": config.loss, "provider": name,
-                **spread([1e3 * seconds for seconds, _ in steps]),
-                "tokens_per_s": sum(t for _, t in steps) / sum(s for s, _ in steps),
-                "peak_mb": peak, "above_mb": above, "error": off,
-            }  # fmt: skip
-
-
 # ---- the table ----
 
 
-def absent(args: Args):
+def absent():
     """What is not measured here, as rows with a note."""
     for name, module in (("Liger", "liger_kernel"), ("CCE", "cut_cross_entropy")):
         state = "installed" if importlib.util.find_spec(module) else "not installed"
@@ -491,7 +315,7 @@ def absent(args: Args):
         yield (
             "compile, ours, each + graph",
             "T",
-            "needs a GPU, and so do T2, T3 and the full sizes of T1, T4, T5; S runs the reference kernels",
+            "needs a GPU, and so do T2, T3 and the full sizes of T1, T4, T5",
         )
 
 
@@ -499,37 +323,34 @@ def shown(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def main() -> None:
-    args = parse_dataclass(Args, sys.argv[1:], "kernels.bench", __doc__)
-    for name in ("steps", "rounds"):
-        if getattr(args, name) < (2 if name == "steps" else 1):
-            raise InputError(f"--{name} {getattr(args, name)}: at least {2 if name == 'steps' else 1}")
+def write_rows(rows: Iterable[dict], path: str) -> None:
+    """Print each row as it comes, and write all to `path`, with device, commit and versions, if it is named."""
     here = provenance()
     here = {"device": here["device"], "commit": here["commit"]} | {
         k: here["versions"][k] for k in ("torch", "triton", "transformers")
     }
     print0(", ".join(f"{k} {v}" for k, v in here.items()))
-    wanted = ("row", "shape", "loss", "provider")
-    rows = []
-    runs = [tail_rows(args)] if any(r.startswith("T") for r in args.rows) else []
-    runs += [step_rows(args)] if "S" in args.rows else []
-    for row in (r for run in runs for r in run):
-        rows.append(row)
-        print0(
-            " | ".join(
-                [*(str(row[c]) for c in wanted), *(f"{c} {shown(row[c])}" for c in COLUMNS[4:] if row[c] is not None)]
-            )
-        )
-    for provider, row, note in absent(args):
-        rows.append(dict.fromkeys(COLUMNS) | {"row": row, "provider": provider, "note": note})
-        print0(f"{row} | {provider} | {note}")
-    if args.csv:
+    done = []
+    for row in rows:
+        done.append(row)
+        if row["note"]:
+            print0(f"{row['row']} | {row['provider']} | {row['note']}")
+            continue
+        measured = [f"{c} {shown(row[c])}" for c in COLUMNS[4:] if row[c] is not None]
+        print0(" | ".join([*(str(row[c]) for c in COLUMNS[:4]), *measured]))
+    if path:
         text = io.StringIO()
         writer = csv.DictWriter(text, [*COLUMNS, *here], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: shown(v) for k, v in (row | here).items()} for row in rows)
-        write_text(Path(args.csv), text.getvalue())
-        print0(f"wrote {args.csv}")
+        writer.writerows({k: shown(v) for k, v in (row | here).items()} for row in done)
+        write_text(Path(path), text.getvalue())
+        print0(f"wrote {path}")
+
+
+def main() -> None:
+    args = parse_dataclass(Args, sys.argv[1:], "bench.kernels", __doc__)
+    notes = (dict.fromkeys(COLUMNS) | {"row": r, "provider": p, "note": n} for p, r, n in absent())
+    write_rows((row for rows in (tail_rows(args), notes) for row in rows), args.csv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """New tokens a second of whole debates: generate one by one and in batches, continuous batching, ours, vLLM if installed.
 
-    python bench_debate.py --data-dir DIR --csv results/bench_debate.csv
+    python -m bench.debates --data-dir DIR --csv results/bench_debate.csv
 
 Debates of 64 samples with 4 seeds each, as the method has them. Same model, samples, prompts, temperature and number of
 new tokens for all: no token ends a turn. Every engine goes turn by turn, each prompt being the question, what was said, the
@@ -23,20 +23,11 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 import data.prepare
-from common import (
-    InputError,
-    ModelSpec,
-    device,
-    flag,
-    load_model,
-    parse_dataclass,
-    provenance,
-    read_jsonl,
-    resolve_dtype,
-    run_script,
-    write_text,
-)
-from debate import ENGINES, DebateConfig, Debater, aligned, assign_side, chunks, run_protocol
+from common import InputError, flag, parse_dataclass, read_jsonl, run_script, write_text
+from debate import assign_side, chunks, encode_instruction, encode_question, encode_turn, run_protocol
+from generate import ENGINES, DebateConfig, Debater, aligned
+from model import ModelSpec, device, load_model, resolve_dtype
+from stages import provenance
 
 ENGINE_NAMES = ("generate one by one", "generate in batches", "ours", "continuous batching", "vllm")
 Engine = Callable[[list[list[int]]], list[list[int]]]  # prompts of one turn -> its tokens
@@ -74,12 +65,12 @@ def load_samples(args: Args) -> list[dict]:
 def turn_by_turn(debater: Debater, args: Args, samples: list[dict], engine: Engine) -> list[list[list[int]]]:
     """Tokens [turn][sample] of debates in which `engine` reads every prompt whole."""
     said: list[list[list[int]]] = []
-    contexts = [debater.opening(args.task, "debate", s["text"]) for s in samples]
+    contexts = [encode_question(debater, args.task, "debate", s["text"]) for s in samples]
     for turn in range(args.turns):
-        asked = [debater.asked(args.task, "debate", turn, assign_side(s["id"], turn)) for s in samples]
+        asked = [encode_instruction(debater, args.task, "debate", turn, assign_side(s["id"], turn)) for s in samples]
         said.append(engine([c + a for c, a in zip(contexts, asked, strict=True)]))
         texts = [" ".join(debater.tokenizer.decode(ids, skip_special_tokens=True).split()) for ids in said[-1]]
-        contexts = [c + debater.said("debate", turn, t) for c, t in zip(contexts, texts, strict=True)]
+        contexts = [c + encode_turn(debater, "debate", turn, t) for c, t in zip(contexts, texts, strict=True)]
     return said
 
 
@@ -127,7 +118,7 @@ def ours(debater: Debater, args: Args, samples: list[dict], chunk: int) -> list[
 
 
 def main() -> None:
-    args = parse_dataclass(Args, sys.argv[1:], "bench_debate.py", __doc__)
+    args = parse_dataclass(Args, sys.argv[1:], "bench.debates", __doc__)
     spec, config = ModelSpec.parse(args.strong), DebateConfig(args.max_new_tokens, args.temperature, dtype=args.dtype)
     samples = sorted(load_samples(args), key=lambda s: len(s["text"]))
     debates = [s for s in samples for _ in range(args.seeds)]

@@ -1,0 +1,336 @@
+"""Generation: keyed sampling, a KV cache that keeps what was said, and the engines that speak a turn.
+
+It knows tokens, not prompts: debate.py writes those. The noise of a token is a function of the row's key and its
+position, so what a row says does not depend on its batch. Shapes: B rows, T columns, D width, H heads, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from common import InputError, flag, stable_hash, world_size
+from model import ModelSpec, device, load_config, load_model, load_tokenizer, resolve_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class DebateConfig:
+    max_new_tokens: int = flag(200, "longest turn", int)
+    temperature: float = flag(0.4, "of sampling; 0 takes the likeliest token", float)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens with this much probability", float)
+    chat: bool = flag(
+        False, "ask through the model's chat template (for a chat model); default: the plain prompt", bool
+    )
+    dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
+    cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int)
+    engine: str = flag("replicated", "replicated: a copy of the model per process; sharded: one copy over all; vllm",
+                       choices=("replicated", "sharded", "vllm"))  # fmt: skip
+
+    def batch_size(self, characters: int, seeds: int, turns: int) -> int:
+        """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
+        tokens = 60 + characters / 2.5 + turns * (self.max_new_tokens + 8)  # with opening, instruction, speakers' names
+        return max(1, int(self.cache_tokens / (seeds * tokens)))
+
+
+# ---- keyed sampling ----
+
+
+def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel noise, float64: output number `tokens` of the SplitMix64 generator (Steele et al. 2014) started at `keys`."""
+    z = keys + (tokens + 1) * -0x61C8864680B583EB
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
+    u = ((z ^ (z >> 31 & (1 << 33) - 1)) >> 40 & (1 << 24) - 1).double().add_(0.5).mul_(2.0**-24)
+    return -(-u.log()).log()
+
+
+MAX_GUMBEL = 17.33  # -log(-log(u)) of the largest u, 1 - 2^-25
+
+
+def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
+    """One token a row, the argmax of logits / temperature + Gumbel noise, noise being a function of (key, token).
+
+    logits [B, V] float32, keys [B] int64 -> [B]. Only tokens that the noise can lift to the top are looked at; the
+    result is that of noise on all of them.
+    """
+    if top_p < 1 and temperature > 0:
+        p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+        outside = (p.cumsum(-1) - p) >= top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+    top, token = logits.max(-1)
+    if not top.isfinite().all():
+        raise FloatingPointError("the debater's logits are not finite; choose another --dtype or check its weights")
+    if temperature == 0:
+        return token
+    within_reach = top + temperature * (gumbel(keys, token) - MAX_GUMBEL).float()
+    rows, tokens = (logits >= within_reach[:, None]).nonzero(as_tuple=True)
+    noisy = logits[rows, tokens].double() / temperature + gumbel(keys[rows], tokens)
+    best = torch.full_like(top, -torch.inf, dtype=torch.float64).scatter_reduce(0, rows, noisy, "amax")
+    won = noisy == best[rows]
+    return token.scatter(0, rows[won], tokens[won])
+
+
+# ---- decoding ----
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """torch's SDPA; on a CPU, for one new token a row, two products of which the query heads of one key head are the rows.
+
+    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], true where a query may look -> [B, n, H, d].
+    """
+    if query.is_cuda or query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    (B, H, _, d), (G, T) = query.shape, key.shape[1:3]
+    scores = torch.bmm(query.reshape(B * G, H // G, d), key.flatten(0, 1).mT).view(B, H, 1, T).float()
+    scores *= d**-0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, -torch.inf)
+    weights = scores.softmax(-1).to(value.dtype).view(B * G, H // G, T)
+    return torch.bmm(weights, value.flatten(0, 1)).view(B, 1, H, d), None
+
+
+class GrowingKVLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer with room to grow: a new token is written in place, not concatenated.
+
+    For one new token attention gets the whole buffer, which is contiguous; columns that hold nothing are masked out.
+    """
+
+    length = capacity = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def capacity_for(self, columns: int) -> int:
+        return max(self.capacity, -(-columns // 64) * 64)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        columns = self.length + query_length
+        return columns if query_length > 1 else self.capacity_for(columns), 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.capacity:
+            self.buffers, self.is_initialized = [key_states[:, :, :0], value_states[:, :, :0]], True
+        seen, columns = self.get_mask_sizes(key_states.shape[2])[0], self.length + key_states.shape[2]
+        more, self.capacity = self.capacity_for(columns) - self.capacity, self.capacity_for(columns)
+        for i, new in enumerate((key_states, value_states)):
+            if more:
+                self.buffers[i] = F.pad(self.buffers[i], (0, 0, 0, more))
+            self.buffers[i][:, :, self.length : columns] = new
+        self.length = columns
+        self.keys, self.values = (b[:, :, :seen] for b in self.buffers)
+        return self.keys, self.values
+
+    def select(self, rows: Tensor) -> "GrowingKVLayer":
+        other = GrowingKVLayer()
+        other.buffers, other.length, other.capacity = [b[rows] for b in self.buffers], self.length, self.capacity
+        other.is_initialized = True
+        return other
+
+
+class Session:
+    """A batch of growing contexts over one KV cache. Columns that a row does not use are masked out."""
+
+    def __init__(self, model: torch.nn.Module, n_rows: int):
+        self.model = model
+        self.cache = Cache([GrowingKVLayer() for _ in range(model.config.num_hidden_layers)])
+        self.mask = torch.zeros(n_rows, 0, dtype=torch.long, device=model.device)  # [B, columns]
+
+    @torch.no_grad()
+    def forward(self, *blocks: list[list[int]] | Tensor) -> Tensor:
+        """Append blocks of token lists (or one token a row, [B]), each block aligned at its end, in one forward.
+
+        Returns the logits [B, V] after each row's last token.
+        """
+        ids, new = (torch.cat(parts, dim=1).to(self.mask.device) for parts in zip(*map(aligned, blocks), strict=True))
+        positions = (self.mask.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp_min(0)
+        self.mask = torch.cat([self.mask, new], dim=1)
+        hidden = self.model.base_model(
+            input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        return self.model.get_output_embeddings()(hidden).float()
+
+    def columns(self) -> int:
+        return self.mask.shape[1]
+
+    def truncate(self, columns: int) -> None:
+        """Forget everything after the first `columns` columns."""
+        self.mask = self.mask[:, :columns]
+        for layer in self.cache.layers:
+            layer.length = columns
+
+    def select(self, rows: Tensor) -> "Session":
+        """A session of its own with these rows, an index of [B]; a row may be there several times."""
+        other = Session(self.model, 0)
+        other.mask = self.mask[rows]
+        other.cache.layers = [layer.select(rows) for layer in self.cache.layers]
+        return other
+
+
+def aligned(block: list[list[int]] | Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, columns] of token lists, padded at the front."""
+    if isinstance(block, Tensor):
+        return block[:, None], torch.ones_like(block[:, None])
+    width = max(map(len, block))
+    ids = torch.tensor([[0] * (width - len(t)) + t for t in block])
+    return ids, torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in block])
+
+
+# ---- engines ----
+
+
+def check_chat(spec: ModelSpec, chat: bool, tokenizer) -> None:
+    if chat and not tokenizer.chat_template:
+        raise InputError(f"--chat: the tokenizer of {spec.name!r} has no chat template")
+
+
+class Debater:
+    """The strong model as a speaker: prompts in, arguments out."""
+
+    def __init__(self, spec: ModelSpec, config: DebateConfig):
+        self.spec, self.config = spec, config
+        self.tokenizer = load_tokenizer(spec)
+        check_chat(spec, config.chat, self.tokenizer)
+        ends = {self.tokenizer.eos_token_id}
+        if not config.chat:  # a pretrained model goes on for ever: one turn is one paragraph
+            ends |= {
+                i for t, i in self.tokenizer.get_vocab().items() if "\n" in self.tokenizer.convert_tokens_to_string([t])
+            }
+        self.is_end = torch.zeros(load_config(spec).vocab_size, dtype=torch.bool, device=device())
+        self.is_end[[i for i in ends if i < len(self.is_end)]] = True
+        self.before, self.after = "", ""
+        if config.chat:
+            message = [{"role": "user", "content": "\x00"}]
+            prompt = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            self.before, self.after = prompt.split("\x00")
+        self.load()
+
+    def load(self, parallel=None) -> None:
+        transformers.AttentionInterface.register("grouped", grouped_attention)
+        transformers.AttentionMaskInterface.register("grouped", sdpa_mask)
+        auto_class, dtype = transformers.AutoModelForCausalLM, resolve_dtype(self.config.dtype)
+        self.model = load_model(self.spec, auto_class, dtype, "grouped", parallel).to(device()).eval()
+
+    def tokens(self, text: str, start: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
+
+    def prefill(self, openings: list[list[int]], copies: int) -> Session:
+        """A session with `copies` neighbouring rows for each opening. What all openings begin with is computed once."""
+        rows = torch.arange(len(openings), device=self.is_end.device)
+        common = min(len(os.path.commonprefix(openings)), min(map(len, openings)) - 1)
+        session = Session(self.model, 1)
+        session.forward([openings[0][:common]])
+        session = session.select(torch.zeros_like(rows))
+        session.forward([o[common:] for o in openings])
+        return session.select(rows.repeat_interleave(copies))
+
+    def decode_turn(
+        self, session: Session, before: list, prompts: list[list[int]], keys: list[tuple]
+    ) -> list[list[int]]:
+        """One turn for every row: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
+
+        Samples until an end token or the limit. A turn has at least one token: the end is barred at position 0. Rows
+        that ended leave the batch by halves.
+        """
+        config, turn = self.config, session
+        logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)
+        columns = session.columns() - max(map(len, prompts))
+        said: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))  # of the batch, as it shrinks
+        open_rows = set(rows)
+        for position in range(config.max_new_tokens):
+            noise = torch.tensor([stable_hash(*keys[r], position) for r in rows], device=logits.device)
+            token = sample(logits, noise, config.temperature, config.top_p)
+            for r, t, end in zip(rows, token.tolist(), self.is_end[token].tolist(), strict=True):
+                if end:
+                    open_rows.discard(r)
+                elif r in open_rows:
+                    said[r].append(t)
+            if not open_rows or position + 1 == config.max_new_tokens:
+                break
+            if 2 * len(open_rows) <= len(rows):
+                keep = torch.tensor([i for i, r in enumerate(rows) if r in open_rows], device=token.device)
+                turn, token, rows = turn.select(keep), token[keep], [rows[i] for i in keep.tolist()]
+            logits = turn.forward(token)
+        session.truncate(columns)
+        return said
+
+    def log_likelihoods(self, prompts: list[list[int]], asked: list[int], words: list[list[int]]) -> list[list[float]]:
+        """Log probability [B][W] of each of the W words (token lists) after each prompt and what is asked."""
+        session = self.prefill(prompts, 1)
+        after_prompt, columns = session.forward([asked] * len(prompts)), session.columns()
+        table = []
+        for word in words:
+            logits, total = after_prompt, 0
+            for position, token in enumerate(word):
+                if position:
+                    logits = session.forward(torch.full((len(prompts),), word[position - 1], device=logits.device))
+                total = total + logits.log_softmax(-1)[:, token]
+            session.truncate(columns)
+            table.append(total.tolist())
+        return [list(row) for row in zip(*table, strict=True)]
+
+
+class ShardedDebater(Debater):
+    """One copy of the model over all processes, by transformers' tensor parallel plan: for a model that fits no single GPU.
+
+    All processes make the same batch and come to the same tokens; texts differ from the others' by rounding alone.
+    """
+
+    def load(self) -> None:
+        if world_size() == 1:
+            raise InputError("--engine sharded: spreads a model over processes, here is one; start with torchrun")
+        heads = load_config(self.spec).num_key_value_heads
+        if heads % world_size():
+            raise InputError(
+                f"--engine sharded: {world_size()} processes cannot share the {heads} key heads of {self.spec.name!r}"
+            )
+        super().load(transformers.distributed.DistributedConfig(tp_size=world_size(), tp_plan="auto"))
+
+
+class VllmDebater(Debater):
+    """The same prompts and end tokens through vLLM on one GPU: an extra that the user installs. Untested on a GPU so far.
+
+    Its noise is vLLM's own, seeded for every turn of every debate by (debate seed, sample id, turn): other texts than
+    the default engine's, and equal from run to run as far as vLLM's logits are.
+    """
+
+    def load(self) -> None:
+        try:
+            import vllm
+        except ImportError:
+            raise InputError(
+                "--engine vllm: vllm is not installed here; `pip install vllm`, or --engine replicated"
+            ) from None
+        if self.spec.layers or world_size() > 1:
+            raise InputError("--engine vllm: takes a whole model, and one process (no torchrun)")
+        source, config = self.spec.source(), self.config
+        self.model = vllm.LLM(
+            model=source["pretrained_model_name_or_path"], revision=source.get("revision"), enable_prefix_caching=True,
+            dtype=str(resolve_dtype(config.dtype)).removeprefix("torch."),
+        )  # fmt: skip
+        self.sampling = functools.partial(
+            vllm.SamplingParams, temperature=config.temperature, top_p=config.top_p, min_tokens=1,
+            max_tokens=config.max_new_tokens, stop_token_ids=self.is_end.nonzero().flatten().tolist(),
+        )  # fmt: skip
+
+    def prefill(self, openings: list[list[int]], copies: int) -> list[list[int]]:
+        return [list(o) for o in openings for _ in range(copies)]
+
+    def decode_turn(self, session: list[list[int]], before: list, prompts: list, keys: list[tuple]) -> list[list[int]]:
+        for block in before:
+            for context, tokens in zip(session, block, strict=True):
+                context += tokens
+        asked = [{"prompt_token_ids": c + p} for c, p in zip(session, prompts, strict=True)]
+        outputs = self.model.generate(asked, [self.sampling(seed=stable_hash(*k)) for k in keys], use_tqdm=False)
+        said = [list(o.outputs[0].token_ids) for o in outputs]
+        return [ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said]  # it keeps the end token
+
+
+ENGINES = {"replicated": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}

@@ -1,0 +1,49 @@
+"""Heads alone, many at once, on features of a frozen model: hundreds of runs for the cost of one.
+
+Head e becomes what a finetuning with `configs[e]` would make of it if all other weights stood still. Shapes: E heads,
+N samples, B batch, D width, K classes.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kernels import resolve
+from model import to_device
+from train import LOSSES, TrainConfig, batches, loss_and_gradient, lr_at
+
+
+def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], kernels: str = "auto") -> Tensor:
+    """Heads alone, E at once, on frozen features x [N, D] with E soft labels [N, K]: weights [E, K, D].
+
+    Head e becomes what `configs[e]` would make of it alone: same order, loss and schedule. All must agree in number of
+    steps and batch size.
+    """
+    labels, n_classes, kernels = torch.stack(labels), labels[0].shape[-1], resolve(kernels)
+    seeds = list(dict.fromkeys(c.seed for c in configs))  # heads of one seed read the same batches
+    count = Counter(c.seed for c in configs)
+    n_slots = max(count.values())
+    seed_of = [seeds.index(c.seed) for c in configs]
+    slots = [n_slots * s + (count.subtract([c.seed]) or count[c.seed]) for s, c in zip(seed_of, configs, strict=True)]
+    weight = torch.zeros(len(seeds) * n_slots, n_classes, x.shape[-1], device=x.device, requires_grad=True)
+    adam = torch.optim.Adam([weight], fused=True)
+    alike = {loss: [e for e, c in enumerate(configs) if c.loss == loss] for loss in LOSSES}
+    orders = [batches(len(x), next(c for c in configs if c.seed == seed)) for seed in seeds]
+    orders = list(zip(*orders, strict=True))
+    for step, order in enumerate(tqdm(orders, desc=f"{len(configs)} heads", leave=False, disable=None)):
+        index = to_device(torch.tensor(order), x.device)  # [seeds, B]
+        z = x[index] @ weight.view(len(seeds), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
+        z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
+        y = labels.take_along_dim(index[seed_of][..., None], 1)
+        gradient = torch.empty_like(z)
+        for e in filter(None, alike.values()):
+            gradient[e] = loss_and_gradient(z[e].detach(), y[e], step / len(orders), configs[e[0]], kernels)[1]
+        weight.grad = None
+        z.backward(
+            gradient
+        )  # not autograd.grad: fused Adam reads a gradient as if it lay in memory as its parameter does
+        adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
+        adam.step()
+    return weight.detach()[slots]

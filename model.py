@@ -1,0 +1,448 @@
+"""Models: where they come from, how they are loaded, the packed forward, and the classifier that is finetuned.
+
+Every batch is one padding-free forward: its samples are laid end to end, attention stays inside each sample, and only
+the last token of each sample reaches the head. Shapes: B batch, T tokens of the batch, D width, K classes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers  # its parts are imported when they are used: a plan needs none of them
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common import InputError, process_group, rank, read_json, world_size, write_text
+from data.models import BUILTIN, builtin_folder
+from data.qwen import FIRST_QWEN, converted_folder
+from kernels import resolve
+from kernels.tail import tail
+from stages import digest
+
+# ---- where a model is, and how it is loaded ----
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """`ID_OR_DIR[@revision][:layers]`: a hub id, a local folder or a built-in model, whole or its first N blocks."""
+
+    name: str
+    revision: str | None = None
+    layers: int | None = None
+
+    @classmethod
+    def parse(cls, spec: str) -> "ModelSpec":
+        name, _, layers = spec.rpartition(":") if spec.rpartition(":")[2].isdigit() else (spec, "", "")
+        name, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
+        if not name:
+            raise InputError(f"model {spec!r}: no name; give a hub id, a folder or one of the built-in models")
+        if layers and int(layers) < 1:
+            raise InputError(f"model {spec!r}: the number of layers must be at least 1")
+        return cls(name, revision or None, int(layers) if layers else None)
+
+    def source(self) -> dict:
+        """Arguments that say to `from_pretrained` where the model is; built-in models are made on first use."""
+        if self.name in BUILTIN:
+            return {"pretrained_model_name_or_path": str(builtin_folder(self.name))}
+        if self.name in FIRST_QWEN:
+            return {"pretrained_model_name_or_path": str(converted_folder(self.name, self.revision))}
+        if Path(self.name).is_dir():
+            check_folder(Path(self.name))
+        if Path(self.name).is_dir() or self.name.count("/") == 1 and not self.name.startswith((".", "/")):
+            return {"pretrained_model_name_or_path": self.name, "revision": self.revision or "main"}
+        raise InputError(
+            f"model {self.name!r}: no such folder, and neither a hub id (owner/name) nor built in ({', '.join(BUILTIN)})"
+        )
+
+    def identity(self) -> dict:
+        """What a manifest records of the model: a local folder's digest, or the built-in's or hub's name and revision."""
+        if self.name in BUILTIN:
+            return {"weights": f"{self.name}@{BUILTIN[self.name][:16]}", "layers": self.layers}
+        path, revision = Path(self.name), self.revision or FIRST_QWEN.get(self.name, "main")
+        return {
+            "weights": digest(path) if path.is_dir() else f"{path}@{revision}",
+            "layers": self.layers,
+        }
+
+
+def check_folder(folder: Path) -> None:
+    """Raises InputError where a model's folder leads out of itself or could not be a model's. Nothing of it is loaded."""
+    roots = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # where the hub's own cache keeps the files
+    for file in folder.rglob("*"):
+        if file.is_symlink() and not any(file.resolve().is_relative_to(r) for r in roots):
+            raise InputError(f"model {str(folder)!r}: {file.name} is a link out of the folder; copy the file into it")
+        if file.suffix == ".json" and file.stat().st_size > 100 * 2**20:
+            raise InputError(f"model {str(folder)!r}: {file.name} has {file.stat().st_size} bytes, too many for JSON")
+    config = read_json(folder / "config.json")
+    if not config:
+        what = "no" if config is None else "no readable"
+        raise InputError(f"model {str(folder)!r}: {what} config.json there; name a Hugging Face model's folder")
+    if config.get("model_type") == "qwen":
+        raise InputError(
+            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.qwen {folder} OUT` converts it"
+        )
+    shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {})
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
+    for name in names or {"model.safetensors"}:
+        if Path(name).name != name or not (folder / name).is_file():
+            only = "; of weights, only safetensors files in the folder itself are loaded, never pickles"
+            raise InputError(f"model {str(folder)!r}: no file {name!r} there{only}")
+
+
+@contextlib.contextmanager
+def loading(spec: ModelSpec) -> Iterator[None]:
+    """Whatever the libraries raise on a broken model becomes one line that names the model; a full memory stays one."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as e:
+        if type(e).__name__ == "OutOfMemoryError":
+            raise
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        if "trust_remote_code" in str(e):
+            why = "asks for code of its own, which is never run; choose a model that transformers itself knows"
+        raise InputError(f"model {spec.name!r}: {why}") from None
+
+
+def load_config(spec: ModelSpec, **changes):
+    """The model's configuration with `changes`, cut to its first `layers` blocks where asked."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its notes on unused and new weights are what cutting and a new head must cause
+    logging.disable_progress_bar()
+    source = spec.source()
+    with loading(spec):
+        config = AutoConfig.from_pretrained(**source, **changes, trust_remote_code=False)
+    if spec.layers:
+        if spec.layers > config.num_hidden_layers:
+            raise InputError(f"model {spec.name!r} has {config.num_hidden_layers} layers, {spec.layers} were asked for")
+        config.num_hidden_layers = spec.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: spec.layers]
+    return config
+
+
+def load_tokenizer(spec: ModelSpec):
+    from transformers import AutoTokenizer
+
+    rows = load_config(spec).vocab_size  # says in one line what is wrong with the model's name
+    with loading(spec):
+        tokenizer = AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise InputError(
+            f"model {spec.name!r}: its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}; "
+            "give the model its own tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model {spec.name!r}: its tokenizer has no end-of-text token")
+    tokenizer.model_max_length = int(1e9)  # length limits are ours, counted and recorded
+    return tokenizer
+
+
+def load_model(spec: ModelSpec, auto_class, dtype, attn_implementation: str = "sdpa", parallel=None, **changes):
+    """`auto_class.from_pretrained` from safetensors only, never remote code, cut to the asked number of blocks.
+
+    `parallel`: a transformers DistributedConfig that spreads it over the processes.
+
+    Raises InputError where the file lacks a weight (but a new head, `score`), which would be left random.
+    """
+    config = load_config(spec, **changes)
+    with loading(spec):
+        model, found = auto_class.from_pretrained(
+            **spec.source(), config=config, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True, distributed_config=parallel,
+        )  # fmt: skip
+    if lacking := sorted(name for name in found["missing_keys"] if not name.startswith("score.")):
+        raise InputError(f"model {spec.name!r}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
+    return model
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str):
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    return {
+        "auto": torch.bfloat16 if device().type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[name]
+
+
+# ---- the packed forward ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Where the samples of a packed batch lie: B sample lengths, their running sum, and each token's padded slot."""
+
+    lengths: list[int]
+    cu_seqlens: Tensor  # [B + 1] int32
+    slots: Tensor  # [T] index into [B * longest]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, Pack]:
+    """Token ids [1, T], positions [1, T] that restart with every sample, and the Pack."""
+    lengths = [len(s) for s in samples]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    row = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
+    cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    ids = torch.tensor([t for s in samples for t in s])
+    where = Pack(lengths, to_device(cu, dev), to_device(row * max(lengths) + positions, dev))
+    return to_device(ids[None], dev), to_device(positions[None], dev), where
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
+    """Causal attention inside each sample of a packed batch: key, value [1, H_kv, T, d] -> [1, T, H, d].
+
+    query [1, H, T, d], or [1, H, B, d] for the last token of each sample: then -> [1, B, H, d].
+    """
+    B, L = len(pack.lengths), pack.longest
+    whole = query.shape[2] == key.shape[2]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        cu = pack.cu_seqlens if whole else torch.arange(B + 1, dtype=torch.int32, device=q.device)
+        out = varlen_attn(
+            q, k, v, cu, pack.cu_seqlens, L if whole else 1, L,
+            scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out[None], None
+
+    def padded(x: Tensor) -> Tensor:  # [1, H, T, d] -> [B, H, L, d]
+        H, d = x.shape[1], x.shape[3]
+        return x.new_zeros(B * L, H, d).index_copy(0, pack.slots, x[0].transpose(0, 1)).view(B, L, H, d).transpose(1, 2)
+
+    q = padded(query) if whole else query.permute(2, 1, 0, 3)  # [B, H, L or 1, d]
+    mask = None if whole else (torch.arange(L, device=q.device) < pack.cu_seqlens.diff()[:, None])[:, None, None]
+    with sdpa_kernel(SDPBackend.MATH):  # on short samples several times faster than the CPU's flash backward
+        out = F.scaled_dot_product_attention(
+            q, padded(key), padded(value), mask, is_causal=whole, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+    if not whole:
+        return out.permute(2, 0, 1, 3), None
+    return out.transpose(1, 2).reshape(B * L, *out.shape[1::2])[pack.slots][None], None
+
+
+def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
+    """The last block of a Llama or Qwen, [1, T, D] -> [1, B, D]: nothing but the last token of each sample leaves it.
+
+    Keys and values are those of all tokens; queries, output projection and MLP are computed for B rows only.
+    """
+    attention, last = layer.self_attn, pack.cu_seqlens[1:].long() - 1
+
+    def heads(x: Tensor, norm: str, rows=slice(None)) -> Tensor:  # [1, T, H * d] -> [1, H, T, d], normed and rotated
+        x = getattr(attention, norm, torch.nn.Identity())(x.unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
+        cos, sin = (e[:, None, rows] for e in position_embeddings)
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+    normed = layer.input_layernorm(hidden)
+    q = heads(attention.q_proj(normed[:, last]), "q_norm", last)
+    k = heads(attention.k_proj(normed), "k_norm")
+    v = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    out, _ = transformers.AttentionInterface()["packed"](attention, q, k, v, None, attention.scaling, pack)
+    hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+class Classifier:
+    """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights."""
+
+    def __init__(
+        self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto", sharded: bool = False
+    ):
+        self.kernels, self.sharded = resolve(kernels), sharded and world_size() > 1
+        self.tokenizer = load_tokenizer(spec)
+        eager = torch.compiler.disable(packed_attention)  # lengths differ: every batch would compile a graph of its own
+        transformers.AttentionInterface.register("packed", eager)
+        auto_class = transformers.AutoModelForSequenceClassification
+        self.model = load_model(spec, auto_class, torch.float32, num_labels=n_classes, attn_implementation="packed")
+        if not hasattr(self.model, "score"):
+            raise InputError(f"model {spec.name!r}: a {self.model.config.model_type} is no decoder-only language model")
+        for name in vars(self.model.config):
+            if name.endswith(("dropout", "pdrop")):
+                setattr(self.model.config, name, 0.0)
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        n_blocks = self.model.config.num_hidden_layers
+        self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
+        self.prunes = self.model.config.model_type in ("llama", "qwen2", "qwen3")
+        if self.prunes:
+            self.blocks[-1].forward = functools.partial(last_block, self.blocks[-1])
+        self.spec, self.dtype = spec, dtype
+        if self.sharded:
+            self.shard()
+        self.pretrained = [local(p).to("cpu", copy=True) for p in self.model.base_model.parameters()]
+        if not self.sharded:
+            self.model.to(dtype=dtype)
+            self.model.score.float()
+        self.model.to(device())
+
+    def shard(self) -> None:
+        """Spread float32 weights, gradients and moments over the ranks of the group (FSDP2); a block is whole while it computes."""
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = DeviceMesh.from_group(process_group() or torch.distributed.group.WORLD, device().type)
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    def reset(self, config) -> None:
+        """Ready for a run with this TrainConfig: pretrained weights, head as at the start, no moments."""
+        if config.checkpointing != self.model.is_activation_checkpointing:
+            toggle = "enable" if config.checkpointing else "disable"
+            getattr(self.model, f"activation_checkpointing_{toggle}")()
+        self.model.train(config.checkpointing)  # transformers checkpoints in training mode only; dropout is zero anyway
+        for block in self.blocks:
+            if config.compile and not block._compiled_call_impl:
+                block.compile()
+        if self.sharded:
+            self.model.base_model.reshard()  # a prediction leaves the root's weights gathered, and they would stay the old ones
+        self.optimizer.reset([*self.pretrained, initial_head(self, config.head_init)])
+
+    @functools.cached_property
+    def optimizer(self) -> "MasterAdam":
+        return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
+
+    def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states after the final norm, of one packed forward, and which rows of them are last tokens (None: all)."""
+        ids, positions, where = pack(samples, self.model.device)
+        hidden = self.model.base_model(
+            input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
+        ).last_hidden_state[0]
+        rows = None if self.prunes else where.cu_seqlens[1:] - 1
+        return hidden, rows
+
+    def features(self, samples: list[list[int]]) -> Tensor:
+        """What the head reads, float32 [B, D]."""
+        hidden, rows = self.hidden(samples)
+        return (hidden if rows is None else hidden[rows.long()]).float()
+
+    def logits(self, samples: list[list[int]]) -> Tensor:
+        """Float32 class logits [B, K]."""
+        hidden, rows = self.hidden(samples)
+        return tail(hidden, rows, None, 0.0, self.model.score.weight, self.kernels)
+
+    def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
+        """Token ids of each text, and how many texts were cut to `max_tokens`."""
+        ids = self.tokenizer(texts, add_special_tokens=True)["input_ids"]
+        if not all(ids):
+            raise ValueError(f"text {ids.index([])} has no token for the head to read: {texts[ids.index([])]!r}")
+        return [i[:max_tokens] for i in ids], sum(len(i) > max_tokens for i in ids)
+
+
+def initial_head(classifier: Classifier, how: str) -> Tensor:
+    """Head weights [K, D] at the start of a run: zeros, or the LM head's rows for the words " no" and " yes"."""
+    weight = classifier.model.score.weight
+    if how == "zero":
+        return torch.zeros_like(weight)
+    lm_head = (
+        load_model(classifier.spec, transformers.AutoModelForCausalLM, torch.float32).get_output_embeddings().weight
+    )
+    words = [classifier.tokenizer(w, add_special_tokens=False)["input_ids"][-1] for w in (" no", " yes")]
+    return lm_head[words].to(weight)
+
+
+class MasterAdam:
+    """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32.
+
+    Of a sharded parameter it sees this rank's shard. Its buffers serve run after run: `reset` begins a new one.
+    """
+
+    def __init__(self, params: list[Tensor]):
+        self.params, self.masters = params, [local(p).float() for p in params]
+        for p, m in zip(params, self.masters, strict=True):
+            p.grad = torch.zeros_like(p)  # kept and zeroed in place: a step allocates nothing
+            m.grad = local(p.grad) if p.dtype == torch.float32 else torch.empty_like(m)
+        self.rounded = [(p, m) for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
+        self.adam = torch.optim.Adam(self.masters, fused=True)
+
+    @torch.no_grad()
+    def reset(self, starts: list[Tensor]) -> None:
+        """Masters from `starts`, moments and gradients zero."""
+        for m, start in zip(self.masters, starts, strict=True):
+            m.copy_(start)
+        for p, m in self.rounded:
+            p.copy_(m)
+        self.zero_gradients()
+        for state in self.adam.state.values():
+            for moment in state.values():
+                moment.zero_()
+
+    def take_gradients(self, first: bool) -> None:
+        """Move the parameters' gradients to the masters, in place of (first) or on top of what is there."""
+        for p, m in self.rounded:
+            m.grad.copy_(p.grad) if first else m.grad.add_(p.grad)
+            p.grad.zero_()  # the next micro-batch starts from zero
+
+    def zero_gradients(self) -> None:
+        for p in self.params:
+            local(p.grad).zero_()
+
+    def step(self, lr: float) -> None:
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        with torch.no_grad():
+            for p, m in self.rounded:
+                p.copy_(m)
+        self.zero_gradients()
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, or the tensor; it shares the memory and carries no gradient."""
+    x = x.detach()
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def to_device(x: Tensor, dev: torch.device) -> Tensor:
+    """A copy that the CPU does not wait for."""
+    return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
+
+
+def save_model(classifier: Classifier, folder: Path, config, trained_on: str) -> None:
+    """An ordinary Hugging Face folder with a model card, loadable by AutoModelForSequenceClassification; by rank 0."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(classifier.model, options=whole) if classifier.sharded else None
+    if rank() == 0:
+        classifier.model.save_pretrained(folder, state_dict=weights)
+        classifier.tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", model_card(classifier.spec, config, trained_on))
+
+
+def model_card(spec: ModelSpec, config, trained_on: str) -> str:
+    blocks = f", its first {spec.layers} blocks" if spec.layers else ""
+    settings = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+---
+# Finetuned on {trained_on}
+
+{Path(spec.name).name}{blocks}, finetuned as a whole with a bias-free two-way head on the last token. Class 1 is the probability that the
+text shown is right, or preferred. Loaded with `dtype=torch.float32` it gives the probabilities recorded in the folder above, to
+the rounding of {config.dtype}. Made by an experiment in weak-to-strong generalization: its labels may be those
+of a weak model, and nothing but the experiment's own test split has been looked at.
+
+| setting | value |
+|---|---|
+{settings}
+"""
