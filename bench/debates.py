@@ -65,7 +65,7 @@ def load_samples(args: Args) -> list[dict]:
 def turn_by_turn(debater: Debater, args: Args, samples: list[dict], engine: Engine) -> list[list[list[int]]]:
     """Tokens [turn][sample] of debates in which `engine` reads every prompt whole."""
     said: list[list[list[int]]] = []
-    contexts = [encode_question(debater, args.task, "debate", s["text"]) for s in samples]
+    contexts = [encode_question(debater, args.task, "debate", s) for s in samples]
     for turn in range(args.turns):
         asked = [encode_instruction(debater, args.task, "debate", turn, assign_side(s["id"], turn)) for s in samples]
         said.append(engine([c + a for c, a in zip(contexts, asked, strict=True)]))

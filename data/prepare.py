@@ -213,8 +213,8 @@ def facts(tables: list[Path], split: str) -> list[dict]:
     """Questions in SciQ's schema from tables of facts; a third of the entities make the test split.
 
     A table's first line has the question and the statement of a fact, made from entity and answer. An entity stands in one
-    split only, in whatever table: what a test question asks was in no training question. The support passage states the
-    fact beside two others of the same table and split.
+    split only, in whatever table: what a test question asks was in no training question. The support passage is the
+    statement alone: beside statements on other entities, a debater of 135M parameters quotes the wrong one (LOG.md).
     """
     rows, lines = [], {path: path.read_text(encoding="utf-8").splitlines() for path in tables}
     facts_of = {path: [line.split("\t") for line in lines[path][1:]] for path in tables}
@@ -224,26 +224,17 @@ def facts(tables: list[Path], split: str) -> list[dict]:
     for path, pairs in facts_of.items():
         template, statement = lines[path][0].removeprefix("# ").split("\t")
         column = sorted({answer for _, answer in pairs})
-        of_split = [
-            f for f in pairs if (stable_hash("facts split", group.get(f[0], f[0])) % 3 == 0) == (split == "test")
-        ]
-        for entity, answer in of_split:
+        for entity, answer in pairs:
+            if (stable_hash("facts split", group.get(entity, entity)) % 3 == 0) != (split == "test"):
+                continue
             question = template.replace("{}", entity)
             others = [a for a in column if a != answer and a.lower() not in question.lower()]
             wrong = Random(stable_hash("facts", question)).sample(others, 3)
             row = {"question": question, "correct_answer": answer, "group": group.get(entity, entity)}
-            row["support"] = passage(statement, entity, answer, of_split, Random(stable_hash("passage", question)))
+            support = statement.format(entity, answer)
+            row["support"] = support[0].upper() + support[1:]
             rows.append(row | {f"distractor{i + 1}": a for i, a in enumerate(wrong)})
     return rows
-
-
-def passage(statement: str, entity: str, answer: str, pairs: list[list[str]], random: Random) -> str:
-    """Three facts of one table in random order: this one and two about other entities, with other answers."""
-    others = [p for p in pairs if p[0] != entity and p[1] != answer]
-    three = [(entity, answer), *random.sample(others, min(2, len(others)))]
-    random.shuffle(three)
-    sentences = [statement.format(*pair) for pair in three]
-    return " ".join(s[0].upper() + s[1:] for s in sentences)
 
 
 # ---- samples ----
@@ -347,7 +338,7 @@ def prepare(
 def short_enough(samples: list[dict], tokenizers: tuple, max_tokens: int) -> list[bool]:
     ok = [True] * len(samples)
     for tokenizer in tokenizers:
-        texts = [f"{s['evidence']}\n{s['text']}" if s["evidence"] else s["text"] for s in samples]
+        texts = [f"{s['evidence']}\n{s['text']}" if s.get("evidence") else s["text"] for s in samples]
         lengths = map(len, tokenizer(texts)["input_ids"]) if samples else ()
         ok = [a and n < max_tokens for a, n in zip(ok, lengths, strict=True)]
     return ok

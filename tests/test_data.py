@@ -225,7 +225,8 @@ def test_entities_of_the_parts_are_disjoint(task, tmp_path):
     _, parts = prepared(task, tmp_path / "data", None)
     entity_of = {}
     for path in p.fact_tables(task):
-        template, *lines = path.read_text().splitlines()
+        header, *lines = path.read_text().splitlines()
+        template = header.split("\t")[0]
         for line in lines:
             entity = line.split("\t")[0]
             entity_of[template.removeprefix("# ").replace("{}", entity)] = entity
@@ -239,7 +240,8 @@ def test_no_fact_of_one_part_stands_in_another_the_other_way_round(tmp_path):
     _, parts = prepared("facts", tmp_path / "data", None)
     part_of = {r["text"][3:].rpartition(" A: ")[0]: x for x in PARTS for r in parts[x]}
     for path in p.fact_tables("facts"):
-        template, *lines = path.read_text().splitlines()
+        header, *lines = path.read_text().splitlines()
+        template = header.split("\t")[0]
         pairs = [line.split("\t") for line in lines]
         for entity, answer in pairs:
             if [answer, entity] in pairs:  # as in "the opposite of hot is cold"
@@ -262,13 +264,47 @@ def test_there_are_enough_facts_and_no_distractor_is_the_answer():
 
 def test_distractors_are_other_answers_of_the_same_table(tmp_path):
     path = tmp_path / "t.tsv"
-    path.write_text("# Where is {}?\n" + "".join(f"thing {i}\tplace {i % 7}\n" for i in range(60)))
+    path.write_text("# Where is {}?\t{} is in {}.\n" + "".join(f"thing {i}\tplace {i % 7}\n" for i in range(60)))
     column = {f"place {i}" for i in range(7)}
     rows = p.facts([path], "train") + p.facts([path], "test")
     wrong = [{r[f"distractor{i}"] for i in (1, 2, 3)} for r in rows]
     assert all(w < column - {r["correct_answer"]} and len(w) == 3 for w, r in zip(wrong, rows, strict=True))
     assert len(set(map(frozenset, wrong))) > 10
     assert p.facts([path], "test") == p.facts([path], "test") and len(rows) == 60
+
+
+def test_the_passage_of_a_question_states_its_answer():
+    for path in p.fact_tables("facts"):
+        header, *lines = path.read_text().splitlines()
+        template, statement = header.removeprefix("# ").split("\t")
+        said = {template.replace("{}", e): statement.format(e, a) for e, a in (line.split("\t") for line in lines)}
+        for row in p.facts([path], "train") + p.facts([path], "test"):
+            assert row["support"].lower() == said[row["question"]].lower() and row["correct_answer"] in row["support"]
+
+
+@pytest.mark.parametrize("task", ["sciq_evidence", "boolq_evidence", "cosmos_qa_evidence", "facts_evidence"])
+def test_evidence_lies_in_files_of_its_own_and_in_no_text(task, tmp_path):
+    source = p.TASKS[task].source
+    counts = p.prepare(task, tmp_path / "with", TINY)
+    p.prepare(source, tmp_path / "without", TINY)
+    for part in PARTS:
+        samples, evidence = (read_jsonl(tmp_path / f"with/{part}{x}.jsonl") for x in ("", ".evidence"))
+        assert [r["id"] for r in samples] == [r["id"] for r in evidence] and all(r["evidence"] for r in evidence)
+        assert not any(e["evidence"] in r["text"] for e, r in zip(evidence, samples, strict=True))
+    if (
+        counts["train"]["no_evidence"] == counts["test"]["no_evidence"] == 0
+    ):  # the same questions, candidates and halves
+        ids = [[r["id"] for r in read_jsonl(tmp_path / f"{x}/train_a.jsonl")] for x in ("with", "without")]
+        assert ids[0] == ids[1]
+
+
+def test_rows_without_evidence_are_dropped_and_counted():
+    rows = read_jsonl(TINY / "sciq/train.jsonl")[:4]
+    rows = [row | {"support": s} for row, s in zip(rows, ["It is so.", "", None, "  "], strict=True)]
+    samples, counts = p.make_samples("sciq_evidence", rows, 0)
+    assert [s["evidence"] for s in samples] == ["It is so."] and counts["no_evidence"] == 3
+    with pytest.raises(InputError, match="lacks the field 'support'"):
+        p.make_samples("sciq_evidence", [{k: v for k, v in rows[0].items() if k != "support"}], 0)
 
 
 # ---- files ----

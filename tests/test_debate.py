@@ -69,13 +69,13 @@ def test_sides_are_balanced_and_opposite():
         assert [debate.assign_side(f"id{i}", turn) for i in range(4000)] == [(s + turn) % 2 for s in first]
 
 
-def test_the_weak_model_reads_sample_turns_and_sides():
-    text = debate.with_transcript("boolq", "debate", "Passage: p\nQuestion: q", [1, 0], ["It is.", "It is not."])
-    assert text == "Passage: p\nQuestion: q\nDebater A (yes): It is.\nDebater B (no): It is not."
-    assert debate.with_transcript("sciq", "consultancy", "q", [0], ["No."]) == "q\nConsultant (incorrect): No."
-    assert debate.with_transcript("sciq", "debate", "q", [0, 1], ["", ""]) == (
-        "q\nDebater A (incorrect):\nDebater B (correct):"
-    )
+def test_the_judge_reads_turns_and_sides_before_or_after_the_question():
+    transcript = debate.transcript_text("boolq", "debate", [1, 0], ["It is.", "It is not."])
+    assert transcript == "Debater A (yes): It is.\nDebater B (no): It is not."
+    assert debate.judge_input("Question: q", transcript, "first") == f"{transcript}\nQuestion: q"
+    assert debate.judge_input("Question: q", transcript, "last") == f"Question: q\n{transcript}"
+    assert debate.transcript_text("sciq", "consultancy", [0], ["No."]) == "Consultant (incorrect): No."
+    assert debate.transcript_text("sciq", "debate", [0, 1], ["", ""]) == "Debater A (incorrect):\nDebater B (correct):"
 
 
 # ---- keyed sampling ----
@@ -297,7 +297,7 @@ def test_transcripts_of_other_samples_are_refused(debater, samples, tmp_path):
 
 def naive_transcript(debater, sample_row, protocol, seed, turns):
     """Without cache or batch: every token from a forward over everything before it."""
-    context = encode_question(debater, "sciq", protocol, sample_row["text"])
+    context = encode_question(debater, "sciq", protocol, sample_row)
     row = {"id": sample_row["id"], "sides": [], "turns": [], "n_tokens": []}
     for turn in range(turns):
         side = debate.assign_side(sample_row["id"], turn if protocol == "debate" else 0)

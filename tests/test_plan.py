@@ -136,7 +136,7 @@ def decode():
     rows = debate.run_protocol(debater, "sciq", "debate", samples, [0, 1, 2, 3], 3)
     rows = [r for seed in rows for r in seed]
     lengths["said"] = max(len(encode_turn(debater, "debate", t, r["turns"][t])) for r in rows for t in range(2))
-    lengths["opening"] = len(encode_question(debater, "sciq", "debate", samples[0]["text"]))
+    lengths["opening"] = len(encode_question(debater, "sciq", "debate", samples[0]))
     lengths["asked"] = max(len(encode_instruction(debater, "sciq", "debate", t, 0)) for t in range(3))
 
 lengths = {}

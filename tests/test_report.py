@@ -22,7 +22,7 @@ NASTY = {
     "entity": "&lt;b&gt; &#x3c;", "emoji": "\U0001f468\u200d\U0001f469",
 }  # fmt: skip
 METHODS = ("weak_floor", "strong_ceiling", "finetune", "ours", "naive_ensemble", "ensemble_3")
-LABELS = w2s.BOUNDS | {n: m.label for n, m in w2s.METHODS.items()}
+LABELS = w2s.REFERENCE_RUNS | {n: m.label for n, m in w2s.METHODS.items()}
 SHOWN = {n: m.shown for n, m in w2s.METHODS.items()}
 
 
@@ -174,7 +174,7 @@ def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
     row = report.result_row("sciq", "ours", 0, folder, run, labels)
     wanted = {
         "accuracy": 0.5, "correct": 2, "n": 4, "brier": (0.0625 + 0.5625) / 2, "ece": 0.25, "share_of_1": 1,
-        "weak_label_accuracy": 0.5, "weak_label_share_of_1": 0.5, "agrees_where_right": 0.5, "agrees_where_wrong": 1.0,
+        "weak_label_accuracy": 0.5, "weak_label_share_of_1": 0.5, "error_inheritance": 1.0, "correction": 0.0, "new_errors": 0.5,
     }  # fmt: skip
     assert {k: row[k] for k in wanted} == pytest.approx(wanted)
 

@@ -39,6 +39,7 @@ READ_BY = {
     "cache_tokens": (99, DEBATES),
     "weak_gpus": (1, set()),
     "strong_gpus": (1, set()),
+    "transcript": ("last", {"reader", "sides", "market_making"}),
     "temperature": (0.3, DEBATES),
     "top_p": (0.5, DEBATES),
     "max_new_tokens": (7, DEBATES),

@@ -36,14 +36,14 @@ def shown_in(place: str) -> set[str]:
 
 def test_every_row_of_the_papers_tables_is_there():
     assert PAPER.keys() - {"source", "tasks"} == set.union(*ROWS.values())
-    controls = {"naive_ensemble", "no_argument"}
-    assert shown_in("table2") | w2s.BOUNDS.keys() == ROWS["table2"]
+    ours_alone = {"naive_ensemble", "no_argument", "evidence"}
+    assert shown_in("table2") | w2s.REFERENCE_RUNS.keys() == ROWS["table2"]
     assert shown_in("table4") == ROWS["table4"]
-    assert shown_in("table5") == ROWS["table5"] | controls
+    assert shown_in("table5") == ROWS["table5"] | ours_alone
     assert set(report.TABLES) == set(ROWS)
     for name, rows in PAPER.items():
         if name not in ("source", "tasks"):
-            assert len(rows) == len(PAPER["tasks"]) == 4 and (rows[0][1] is None) == (name in w2s.BOUNDS)
+            assert len(rows) == len(PAPER["tasks"]) == 4 and (rows[0][1] is None) == (name in w2s.REFERENCE_RUNS)
 
 
 def test_methods_are_what_the_paper_says():
@@ -57,10 +57,10 @@ def test_methods_are_what_the_paper_says():
         assert METHODS[name].members == ((0, 0),)
     losses = {name: m.loss for name, m in METHODS.items() if m.loss != "xent"}
     assert losses == {"finetune_aux": "logconf", "finetune_pro": "product"}
-    contexts = {name: m.context for name, m in METHODS.items() if m.context != "debate"}
-    assert contexts == {
-        "finetune": "naive", "finetune_aux": "naive", "finetune_pro": "naive", "naive_ensemble": "naive",
-        "consultancy": "consultancy", "market_making": "market_making", "no_argument": "no_argument",
+    read = {name: m.reads for name, m in METHODS.items() if m.reads != "debate"}
+    assert read == {
+        "finetune": "nothing", "finetune_aux": "nothing", "finetune_pro": "nothing", "naive_ensemble": "nothing",
+        "consultancy": "consultancy", "market_making": "market_making", "no_argument": "sides", "evidence": "evidence",
     }  # fmt: skip
 
 
@@ -71,14 +71,14 @@ def test_every_point_of_the_papers_figures_is_there():
         assert METHODS[by_size].members == tuple((k, 0) for k in range(x)) and METHODS[by_size].turns == 3
         assert METHODS[by_turns].members == tuple((k, 0) for k in range(4)) and METHODS[by_turns].turns == x
     places = {place for m in METHODS.values() for place in m.shown}
-    assert places == set(ROWS) | {f"figure{n}:{x}" for n in (2, 3) for x in (3, 4, 5, 6)}
+    assert places == set(ROWS) | {f"figure{n}:{x}" for n in (2, 3) for x in range(1, 7)}
 
 
 def test_the_papers_numbers_are_copied_right():
     assert PAPER["ours"] == [[92.6, 76.5], [88.7, 69.2], [88.8, 56.5], [50.2, 70.0]]
     assert [cell[0] for cell in PAPER["weak_floor"]] == [90.0, 86.0, 87.5, 48.8]
     for name, row in PAPER.items():  # the PGR of every cell follows from its accuracies, to their rounding
-        if name not in ("source", "tasks", *w2s.BOUNDS):
+        if name not in ("source", "tasks", *w2s.REFERENCE_RUNS):
             for i, (accuracy, pgr) in enumerate(row):
                 weak, ceiling = PAPER["weak_floor"][i][0], PAPER["strong_ceiling"][i][0]
                 assert 100 * stats.pgr(weak, accuracy, ceiling) == pytest.approx(pgr, abs=0.06)
@@ -212,7 +212,9 @@ def names_of(e: Experiment) -> list[str]:
 
 
 def test_one_debate_serves_all_points_of_both_figures(tmp_path):
-    figures = tuple(name for name, m in METHODS.items() if any(s.startswith("figure") for s in m.shown))
+    figures = tuple(
+        n for n, m in METHODS.items() if any(s.startswith("figure") and int(s.split(":")[1]) >= 3 for s in m.shown)
+    )
     experiment = small_experiment(tmp_path, methods=figures, seeds=(0, 1))
     names = names_of(experiment)
     assert len(figures) == 7 and [n for n in names if n.startswith("transcripts/")] == ["transcripts/debate"]
@@ -229,7 +231,7 @@ def test_no_stage_is_there_twice_and_all_methods_share_what_they_can(tmp_path):
         assert (
             names.count(f"predictions/weak-naive-f0-s{seed}") == names.count(f"predictions/strong-ceiling-s{seed}") == 1
         )
-        assert all(f"predictions/strong-{m}-s{seed}" in names for m in METHODS)
+        assert all(f"predictions/strong-{m}-s{seed}" in names for m in METHODS if m != "evidence")
     assert {n for n in names if n.startswith("transcripts/")} == {
         f"transcripts/{protocol}" for protocol in ("debate", "consultancy", "market_making")
     }
@@ -322,19 +324,51 @@ def test_the_tables_have_the_papers_rows_and_numbers(done):
     for name in ROWS:
         text = tables(done[0].folder)[f"{name}.md"]
         rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
-        labels = w2s.BOUNDS | {m: METHODS[m].label for m in METHODS}
+        labels = w2s.REFERENCE_RUNS | {m: METHODS[m].label for m in METHODS}
         for method in ROWS[name]:
             accuracy, pgr = PAPER[method][0]
             row = rows[labels[method]]
             assert row[2] == f"{accuracy:.1f}" and row[4].strip() == ("" if pgr is None else f"{pgr:.1f}")
-            assert ("[" in row[1]) == (method in (*RUN_METHODS, *w2s.BOUNDS))
+            assert ("[" in row[1]) == (method in (*RUN_METHODS, *w2s.REFERENCE_RUNS))
+
+
+def test_evidence_reaches_those_who_debate_and_the_bound_alone(tmp_path):
+    """With the passages of all samples exchanged, nothing else changes by a byte."""
+    rows, there = {}, {}
+    for split in ("train", "test"):
+        rows[split] = read_jsonl(ROOT / f"data/tiny/sciq/{split}.jsonl")
+    methods = ("finetune", "naive_ensemble", "no_argument", "ours", "evidence")
+    for name, shift in (("own", 0), ("exchanged", 1)):
+        for split, of in rows.items():
+            support = [r["support"] for r in of]
+            support = support[shift:] + support[:shift]
+            write_jsonl(
+                tmp_path / f"{name}/sciq/{split}.jsonl",
+                [r | {"support": s} for r, s in zip(of, support, strict=True)],
+            )
+        config = w2s.Config(
+            preset="smoke", tasks=("sciq_evidence",), seeds=(0,), methods=methods, limit_train=16, limit_test=8,
+            data_dir=str(tmp_path / name), out=str(tmp_path / f"out-{name}"),
+        )  # fmt: skip
+        for stage in w2s.Experiment(config.resolved("sciq_evidence"), "sciq_evidence").stages():
+            assert stage.run()
+        there[name] = {
+            f.relative_to(tmp_path / f"out-{name}/sciq_evidence").as_posix(): f.read_bytes()
+            for f in (tmp_path / f"out-{name}").rglob("*.jsonl") if f.name != "steps.jsonl"
+        }  # fmt: skip
+    assert there["own"].keys() == there["exchanged"].keys()
+    changed = {f for f, content in there["own"].items() if content != there["exchanged"][f]}
+    reads_it = ("transcripts", "evidence.jsonl", "weak-debate", "weak-evidence", "labels/ours", "labels/evidence",
+                "strong-ours", "strong-evidence", "zero-shot-evidence")  # fmt: skip
+    assert changed == {f for f in there["own"] if any(word in f for word in reads_it)}
 
 
 def test_results_are_counted_from_the_predictions(done):
     out = done[0].folder.parent
     gold = {r["id"]: r["label"] for r in read_jsonl(out / "sciq/data/test.jsonl")}
     rows = read_jsonl(out / "results.jsonl")
-    assert [r["method"] for r in rows] == ["weak_floor", "strong_ceiling", *(m for m in METHODS if m in RUN_METHODS)]
+    references = ["zero_shot_weak", "zero_shot_strong", "weak_floor", "strong_ceiling"]
+    assert [r["method"] for r in rows] == [*references, *(m for m in METHODS if m in RUN_METHODS)]
     for row in rows:
         said = {r["id"]: r["probs"].index(max(r["probs"])) for r in read_jsonl(out / row["predictions"])}
         assert said.keys() == gold.keys() and row["n"] == 8
