@@ -20,7 +20,7 @@ from common import InputError, process_group, rank, read_json, world_size, write
 from data.models import BUILTIN, builtin_folder
 from data.qwen import FIRST_QWEN, converted_folder
 from kernels import resolve
-from kernels.tail import tail
+from kernels.head import head
 from stages import digest
 
 # ---- where a model is, and how it is loaded ----
@@ -204,19 +204,14 @@ def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, P
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
-    """Causal attention inside each sample of a packed batch: key, value [1, H_kv, T, d] -> [1, T, H, d].
-
-    query [1, H, T, d], or [1, H, B, d] for the last token of each sample: then -> [1, B, H, d].
-    """
+    """Causal attention inside each sample of a packed batch: query [1, H, T, d], key, value [1, H_kv, T, d] -> [1, T, H, d]."""
     B, L = len(pack.lengths), pack.longest
-    whole = query.shape[2] == key.shape[2]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        cu = pack.cu_seqlens if whole else torch.arange(B + 1, dtype=torch.int32, device=q.device)
         out = varlen_attn(
-            q, k, v, cu, pack.cu_seqlens, L if whole else 1, L,
+            q, k, v, pack.cu_seqlens, pack.cu_seqlens, L, L,
             scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return out[None], None
@@ -225,38 +220,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         H, d = x.shape[1], x.shape[3]
         return x.new_zeros(B * L, H, d).index_copy(0, pack.slots, x[0].transpose(0, 1)).view(B, L, H, d).transpose(1, 2)
 
-    q = padded(query) if whole else query.permute(2, 1, 0, 3)  # [B, H, L or 1, d]
-    mask = None if whole else (torch.arange(L, device=q.device) < pack.cu_seqlens.diff()[:, None])[:, None, None]
     with sdpa_kernel(SDPBackend.MATH):  # on short samples several times faster than the CPU's flash backward
         out = F.scaled_dot_product_attention(
-            q, padded(key), padded(value), mask, is_causal=whole, scale=scaling,
+            padded(query), padded(key), padded(value), is_causal=True, scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
-    if not whole:
-        return out.permute(2, 0, 1, 3), None
     return out.transpose(1, 2).reshape(B * L, *out.shape[1::2])[pack.slots][None], None
-
-
-def last_block(layer, hidden, position_embeddings, pack: Pack, **_):
-    """The last block of a Llama or Qwen, [1, T, D] -> [1, B, D]: nothing but the last token of each sample leaves it.
-
-    Keys and values are those of all tokens; queries, output projection and MLP are computed for B rows only.
-    """
-    attention, last = layer.self_attn, pack.cu_seqlens[1:].long() - 1
-
-    def heads(x: Tensor, norm: str, rows=slice(None)) -> Tensor:  # [1, T, H * d] -> [1, H, T, d], normed and rotated
-        x = getattr(attention, norm, torch.nn.Identity())(x.unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
-        cos, sin = (e[:, None, rows] for e in position_embeddings)
-        a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-    normed = layer.input_layernorm(hidden)
-    q = heads(attention.q_proj(normed[:, last]), "q_norm", last)
-    k = heads(attention.k_proj(normed), "k_norm")
-    v = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    out, _ = transformers.AttentionInterface()["packed"](attention, q, k, v, None, attention.scaling, pack)
-    hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 class Classifier:
@@ -282,13 +251,10 @@ class Classifier:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         n_blocks = self.model.config.num_hidden_layers
         self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
-        self.prunes = self.model.config.model_type in ("llama", "qwen2", "qwen3")
-        if self.prunes:
-            self.blocks[-1].forward = functools.partial(last_block, self.blocks[-1])
         self.spec, self.dtype = spec, dtype
         if self.sharded:
             self.shard()
-        self.pretrained = [local(p).to("cpu", copy=True) for p in self.model.base_model.parameters()]
+        self.pretrained = [local_shard(p).to("cpu", copy=True) for p in self.model.base_model.parameters()]
         if not self.sharded:
             self.model.to(dtype=dtype)
             self.model.score.float()
@@ -315,30 +281,28 @@ class Classifier:
                 block.compile()
         if self.sharded:
             self.model.base_model.reshard()  # a prediction leaves the root's weights gathered, and they would stay the old ones
-        self.optimizer.reset([*self.pretrained, initial_head(self, config.head_init)])
+        self.optimizer.reset([*self.pretrained, torch.zeros_like(self.model.score.weight)])
 
     @functools.cached_property
     def optimizer(self) -> "MasterAdam":
         return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
 
-    def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor | None]:
-        """Hidden states after the final norm, of one packed forward, and which rows of them are last tokens (None: all)."""
+    def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, D] after the final norm, of one packed forward, and which rows of them are last tokens [B]."""
         ids, positions, where = pack(samples, self.model.device)
         hidden = self.model.base_model(
             input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
         ).last_hidden_state[0]
-        rows = None if self.prunes else where.cu_seqlens[1:] - 1
-        return hidden, rows
+        return hidden, where.cu_seqlens[1:] - 1
 
     def features(self, samples: list[list[int]]) -> Tensor:
         """What the head reads, float32 [B, D]."""
         hidden, rows = self.hidden(samples)
-        return (hidden if rows is None else hidden[rows.long()]).float()
+        return hidden[rows.long()].float()
 
     def logits(self, samples: list[list[int]]) -> Tensor:
-        """Float32 class logits [B, K]."""
-        hidden, rows = self.hidden(samples)
-        return tail(hidden, rows, None, 0.0, self.model.score.weight, self.kernels)
+        """Class logits, float32 [B, K]."""
+        return head(*self.hidden(samples), self.model.score.weight, self.kernels)
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Token ids of each text, and how many texts were cut to `max_tokens`."""
@@ -348,18 +312,6 @@ class Classifier:
         return [i[:max_tokens] for i in ids], sum(len(i) > max_tokens for i in ids)
 
 
-def initial_head(classifier: Classifier, how: str) -> Tensor:
-    """Head weights [K, D] at the start of a run: zeros, or the LM head's rows for the words " no" and " yes"."""
-    weight = classifier.model.score.weight
-    if how == "zero":
-        return torch.zeros_like(weight)
-    lm_head = (
-        load_model(classifier.spec, transformers.AutoModelForCausalLM, torch.float32).get_output_embeddings().weight
-    )
-    words = [classifier.tokenizer(w, add_special_tokens=False)["input_ids"][-1] for w in (" no", " yes")]
-    return lm_head[words].to(weight)
-
-
 class MasterAdam:
     """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32.
 
@@ -367,10 +319,10 @@ class MasterAdam:
     """
 
     def __init__(self, params: list[Tensor]):
-        self.params, self.masters = params, [local(p).float() for p in params]
+        self.params, self.masters = params, [local_shard(p).float() for p in params]
         for p, m in zip(params, self.masters, strict=True):
             p.grad = torch.zeros_like(p)  # kept and zeroed in place: a step allocates nothing
-            m.grad = local(p.grad) if p.dtype == torch.float32 else torch.empty_like(m)
+            m.grad = local_shard(p.grad) if p.dtype == torch.float32 else torch.empty_like(m)
         self.rounded = [(p, m) for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
         self.adam = torch.optim.Adam(self.masters, fused=True)
 
@@ -386,7 +338,7 @@ class MasterAdam:
             for moment in state.values():
                 moment.zero_()
 
-    def take_gradients(self, first: bool) -> None:
+    def accumulate_grads(self, first: bool) -> None:
         """Move the parameters' gradients to the masters, in place of (first) or on top of what is there."""
         for p, m in self.rounded:
             m.grad.copy_(p.grad) if first else m.grad.add_(p.grad)
@@ -394,7 +346,7 @@ class MasterAdam:
 
     def zero_gradients(self) -> None:
         for p in self.params:
-            local(p.grad).zero_()
+            local_shard(p.grad).zero_()
 
     def step(self, lr: float) -> None:
         self.adam.param_groups[0]["lr"] = lr
@@ -405,7 +357,7 @@ class MasterAdam:
         self.zero_gradients()
 
 
-def local(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor, or the tensor; it shares the memory and carries no gradient."""
     x = x.detach()
     return x.to_local() if hasattr(x, "to_local") else x

@@ -146,7 +146,7 @@ def finetuning_memory(m: Shape, gpus: int, tokens: int, longest: int, checkpoint
     """Peak of a step of train.py by part: `tokens` in one forward on a GPU, samples of `longest`, e bytes an element.
 
     A block keeps, a token: two norms (float32 input, normalised, output), queries, keys, values and their result, four
-    MLP rows, and without flash attention float32 scores. The last block keeps only norm, keys and values.
+    MLP rows, and without flash attention float32 scores.
     """
     N = m.body + m.embeddings
     a_parameter = (
@@ -155,9 +155,8 @@ def finetuning_memory(m: Shape, gpus: int, tokens: int, longest: int, checkpoint
     attention = e * (m.Q + 2 * m.K) + 4 * m.heads if flash else 4 * (3 * m.Q + m.heads * longest)
     kept = (8 + 4 * e) * m.D + attention + e * m.Q + 4 * e * m.F
     passing = e * m.F  # a gradient, before what it belongs to is freed
-    last = (4 + 2 * e) * m.D + 2 * e * m.K
     block_by_block = (m.blocks - 1) * e * m.D + kept
-    a_token = (block_by_block if checkpointing else (m.blocks - 1) * kept + last) + passing
+    a_token = (block_by_block if checkpointing else m.blocks * kept) + passing
     parts = {"state": a_parameter * N / gpus}
     if gpus > 1:  # the embedding stays whole; of blocks the next one too, and a gradient on its way in float32
         parts["gathered"] = e * m.embeddings + (3 * e + 4) * m.block

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from common import (
     InputError,
     check_out,
+    dump_row,
     flag,
     gather,
     parse_dataclass,
@@ -36,16 +37,58 @@ from common import (
     world_size,
     write_jsonl,
 )
-from kernels import CHOICES, resolve
-from kernels.conf_loss import MODES, conf_loss, cross_entropy, logconf_target, product_target
+from kernels import CHOICES, conf_loss, resolve
 from model import Classifier, ModelSpec, resolve_dtype, save_model, to_device
 
-# name -> loss of (logits [B, K], soft labels [B, K], share of the run done, TrainConfig)
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "xent": lambda z, y, step_frac, c: xent_loss(z, y),
-    "product": lambda z, y, step_frac, c: product_loss(z, y, c.alpha, c.beta),
-    "logconf": lambda z, y, step_frac, c: logconf_loss(z, y, step_frac, c.aux_coef, c.warmup_frac, c.ramp),
-}
+# ---- losses: the cross-entropy to a target [..., B, K], which each makes of logits and soft labels [..., B, K] ----
+
+
+def xent(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConfig") -> Tensor:
+    """The soft labels themselves."""
+    return labels
+
+
+def product(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConfig") -> Tensor:
+    """p^beta y^alpha, renormalised over K (OpenAI weak-to-strong code)."""
+    return conf_loss.product_target(logits, labels, config.alpha, config.beta)
+
+
+def logconf(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConfig") -> Tensor:
+    """(1 - c) y + c h, K = 2: the auxiliary confidence loss (Burns et al. 2312.09390, section 4.3.2; OpenAI weak-to-strong code).
+
+    h is the prediction hardened at the threshold that keeps the classes as frequent as in the labels: the quantile of
+    p[:, 0] over the whole batch at q = mean y[:, 1]. Raises ValueError for K other than 2.
+    """
+    return conf_loss.logconf_target(logits, labels, aux_weight(step_frac, config))
+
+
+LOSSES = {"xent": xent, "product": product, "logconf": logconf}  # step_frac: share of the run's steps that is done
+
+
+def aux_weight(step_frac: float, config: "TrainConfig") -> float:
+    """c of the confidence loss: aux_coef after the warm-up, less before."""
+    if step_frac > config.warmup_frac or (config.aux_warmup == "linear" and config.warmup_frac == 0):
+        return config.aux_coef
+    return config.aux_coef * (step_frac if config.aux_warmup == "openai" else step_frac / config.warmup_frac)
+
+
+def loss_and_gradient(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConfig", kernels: str):
+    """The loss [...] and its gradient at the logits [..., B, K]: by one kernel launch where there is a kernel, or autograd."""
+    if kernels == "triton" and config.loss in conf_loss.MODES:
+        c, heads = aux_weight(step_frac, config), (x.reshape(-1, *x.shape[-2:]) for x in (logits, labels))
+        loss, gradient = conf_loss.conf_loss(*heads, config.loss, c, config.alpha, config.beta)
+        return loss.view(logits.shape[:-2]), gradient.view_as(logits)
+    return conf_loss.reference(logits, LOSSES[config.loss](logits.detach(), labels, step_frac, config))
+
+
+def check_kernel(config: "TrainConfig", kernels: str, dev: torch.device) -> None:
+    """Raises InputError where the kernel computes another loss than LOSSES does, as after an edit of the latter."""
+    z, y = (torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(dev) for i in (0, 1))
+    found, wanted = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
+    if abs(found - wanted) > 1e-4 * (1 + abs(wanted)):
+        raise InputError(
+            f"loss {config.loss!r}: the kernel gives {found}, train.py {wanted}; choose --kernels reference"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,97 +103,35 @@ class TrainConfig:
     kernels: str = flag(
         "auto", "head, loss and its gradient: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES
     )
-    micro_tokens: int = flag(32768, "most tokens in one forward; does not change the result", int)
+    max_tokens_per_forward: int = flag(32768, "most tokens in one forward; does not change the result", int)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool)
     compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool)
-    head_init: str = flag("zero", "start of the head: zeros, or LM-head rows of the two answer words", choices=("zero", "verbalizer"))  # fmt: skip
     alpha: float = flag(1.0, "product loss: exponent of the labels", float)
     beta: float = flag(1.0, "product loss: exponent of the model's own probabilities", float)
     aux_coef: float = flag(0.5, "logconf loss: weight of the model's own hardened predictions", float)
     warmup_frac: float = flag(0.1, "logconf loss: share of the steps over which that weight ramps up", float)
-    ramp: str = flag("openai", "logconf loss: multiply by the step fraction and jump, or rise linearly", choices=("openai", "linear"))  # fmt: skip
+    aux_warmup: str = flag("openai", "logconf loss: multiply by the step fraction and jump, or rise linearly", choices=("openai", "linear"))  # fmt: skip
 
 
-# ---- losses: logits [B, K] and soft labels [B, K] in, scalar out; with E heads at once [E, B, K] in, [E] out ----
+# ---- how a batch is split ----
 
 
-def xent_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of soft labels: mean_b -sum_k y_bk log softmax(z_b)_k."""
-    return cross_entropy(logits, labels)
-
-
-def product_loss(logits: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Cross-entropy to the target p^beta y^alpha, renormalised over K and detached (OpenAI weak-to-strong code)."""
-    return cross_entropy(logits, product_target(logits, labels, alpha, beta))
-
-
-def logconf_loss(
-    logits: Tensor,
-    labels: Tensor,
-    step_frac: float,
-    aux_coef: float = 0.5,
-    warmup_frac: float = 0.1,
-    ramp: str = "openai",
-) -> Tensor:
-    """Auxiliary confidence loss for K = 2 (Burns et al. 2312.09390, section 4.3.2; OpenAI weak-to-strong code).
-
-    Target (1 - c) y + c h, with h the prediction hardened at the threshold that keeps the classes as frequent as in the
-    labels: the quantile of p[:, 0] over the whole batch at q = mean y[:, 1]. `step_frac` is the share of the run done.
-    Raises ValueError for K other than 2.
-    """
-    if logits.shape[-1] != 2:
-        raise ValueError(f"logconf_loss needs two classes, got K={logits.shape[-1]}")
-    return cross_entropy(logits, logconf_target(logits, labels, aux_weight(step_frac, aux_coef, warmup_frac, ramp)))
-
-
-def aux_weight(step_frac: float, aux_coef: float, warmup_frac: float, ramp: str) -> float:
-    """c of the confidence loss at this share of the run: aux_coef after the warm-up, less before."""
-    if step_frac > warmup_frac or (ramp == "linear" and warmup_frac == 0):
-        return aux_coef
-    return aux_coef * (step_frac if ramp == "openai" else step_frac / warmup_frac)
-
-
-def loss_and_gradient(logits: Tensor, labels: Tensor, step_frac: float, config: TrainConfig, kernels: str):
-    """The loss [...] and its gradient at the logits [..., B, K]: of one kernel launch, or of LOSSES by autograd.
-
-    A loss of LOSSES that has no kernel is computed without one.
-    """
-    if kernels == "triton" and config.loss in MODES:
-        c = aux_weight(step_frac, config.aux_coef, config.warmup_frac, config.ramp)
-        heads = (x.reshape(-1, *x.shape[-2:]) for x in (logits, labels))
-        loss, gradient, _ = conf_loss(*heads, config.loss, c, config.alpha, config.beta, kernels)
-        return loss.view(logits.shape[:-2]), gradient.view_as(logits)
-    z = logits.detach().requires_grad_()
-    loss = LOSSES[config.loss](z, labels, step_frac, config)
-    return loss.detach(), *torch.autograd.grad(loss.sum(), z)
-
-
-def check_kernel(config: TrainConfig, kernels: str, dev: torch.device) -> None:
-    """Raises InputError where the kernel computes another loss than LOSSES does, as after an edit of the latter."""
-    z, y = (torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(dev) for i in (0, 1))
-    found, wanted = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
-    if abs(found - wanted) > 1e-4 * (1 + abs(wanted)):
-        raise InputError(
-            f"loss {config.loss!r}: the kernel gives {found}, train.py {wanted}; choose --kernels reference"
-        )
-
-
-def micro_batches(indices: list[int], lengths: list[int], micro_tokens: int) -> list[list[int]]:
-    """The indices in turn, cut where a micro-batch would exceed `micro_tokens`; at least one sample each."""
+def micro_batches(indices: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """The indices in turn, cut where a micro-batch would exceed `max_tokens`; at least one sample each."""
     out: list[list[int]] = []
     for i in indices:
-        if not out or sum(lengths[j] for j in out[-1]) + lengths[i] > micro_tokens:
+        if not out or sum(lengths[j] for j in out[-1]) + lengths[i] > max_tokens:
             out.append([])
         out[-1].append(i)
     return out
 
 
-def shares(lengths: list[int], micro_tokens: int, n_ranks: int) -> list[list[list[int]]]:
+def split_over_ranks(lengths: list[int], max_tokens: int, n_ranks: int) -> list[list[list[int]]]:
     """Micro-batches of every rank, equally many each: the longest sample goes to the rank with the fewest tokens, and so on."""
     ranks: list[list[int]] = [[] for _ in range(n_ranks)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         min(ranks, key=lambda r: sum(lengths[j] for j in r)).append(i)
-    split = [micro_batches(sorted(r), lengths, micro_tokens) for r in ranks]
+    split = [micro_batches(sorted(r), lengths, max_tokens) for r in ranks]
     return [s + [[]] * (max(map(len, split)) - len(s)) for s in split]
 
 
@@ -169,12 +150,15 @@ def batches(n: int, config: TrainConfig) -> Iterator[list[int]]:
         yield from (b.tolist() for b in order.split(config.batch_size))
 
 
-def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: TrainConfig) -> dict:
-    """Train `classifier` from its pretrained weights on soft labels [N, K]; returns tokens, steps and cut inputs.
+def finetune(
+    classifier: Classifier, texts: list[str], labels: Tensor, config: TrainConfig, steps_file: Path | None = None
+) -> dict:
+    """Train `classifier` from its pretrained weights on soft labels [N, K]; returns tokens, steps, cut inputs and the log.
 
-    The loss is that of the whole batch whatever `micro_tokens` and the number of ranks are: with several micro-batches the
-    logits are computed first without gradient, the loss is differentiated at them, and each micro-batch is run again and
-    pushed back from its rows of that gradient. Raises FloatingPointError on a loss that is not finite.
+    The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are: with several
+    micro-batches the logits are computed first without gradient, the loss is differentiated at them, and each micro-batch
+    is run again and pushed back from its rows of that gradient. Rows of the log go to `steps_file` as training goes on.
+    Raises FloatingPointError on a loss that is not finite.
     """
     check_labels(labels, len(texts))
     classifier.reset(config)
@@ -182,46 +166,88 @@ def finetune(classifier: Classifier, texts: list[str], labels: Tensor, config: T
     labels, dev = labels.float(), classifier.model.device
     if classifier.kernels != "reference":
         check_kernel(config, classifier.kernels, dev)
-    schedule, micro_tokens = list(batches(len(samples), config)), config.micro_tokens
-    n_tokens, log, unread, start = 0, [], [], time.time()
-    bar = tqdm(schedule, desc=f"finetune {classifier.spec.name}", leave=False, disable=rank() > 0 or None)
-    for step, batch in enumerate(bar):
+    schedule, max_tokens = list(batches(len(samples), config)), config.max_tokens_per_forward
+    log = StepLog(f"finetune {classifier.spec.name}", len(schedule), steps_file)
+    n_tokens = 0
+    for step, batch in enumerate(tqdm(schedule, desc=log.name, leave=False, disable=rank() > 0 or None)):
         y, tokens = to_device(labels[batch], dev), [samples[i] for i in batch]
         while True:
             try:
-                loss = push_back(classifier, tokens, y, step / len(schedule), config, micro_tokens)
+                loss = backward_batch(classifier, tokens, y, step / len(schedule), config, max_tokens)
                 break
             except torch.OutOfMemoryError:
-                micro_tokens = min(micro_tokens, sum(map(len, tokens))) // 2
-                if classifier.sharded or micro_tokens < max(map(len, tokens)):
+                max_tokens = min(max_tokens, sum(map(len, tokens))) // 2
+                if classifier.sharded or max_tokens < max(map(len, tokens)):
                     raise
             classifier.optimizer.zero_gradients()
             torch.cuda.empty_cache()
             print0(
-                f"out of memory at step {step}: again with --micro-tokens {micro_tokens}, which gives the same result"
+                f"out of memory at step {step}: again with --max-tokens-per-forward {max_tokens}, which gives the same result"
             )
-        unread.append(loss)
         lr = lr_at(step, len(schedule), config.lr)
         classifier.optimizer.step(lr)
         n_tokens += sum(map(len, tokens))
-        log.append({"step": step, "lr": lr, "tokens": n_tokens, "seconds": time.time() - start})
-        if dev.type == "cpu" or step % 20 == 0 or step + 1 == len(schedule):  # to look at a loss is to wait for the GPU
-            for row, value in zip(log[-len(unread) :], torch.stack(unread).tolist(), strict=True):
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"loss is {value} at step {row['step']} of {len(schedule)}")
-                row["loss"] = value
-            unread.clear()
+        log.add(loss, step=step, lr=lr, tokens=n_tokens)
     counts = {"train_tokens": n_tokens, "steps": len(schedule), "cut_inputs": n_cut}
-    return counts | ({"micro_tokens": micro_tokens} if micro_tokens != config.micro_tokens else {}) | {"log": log}
+    lowered = {"max_tokens_per_forward": max_tokens} if max_tokens != config.max_tokens_per_forward else {}
+    return counts | lowered | {"log": log.rows}
 
 
-def push_back(classifier: Classifier, tokens: list, y: Tensor, step_frac: float, config, micro_tokens: int) -> Tensor:
+class StepLog:
+    """A row per step in steps.jsonl as training goes on, and a line per 5% on the terminal where a run takes 20 s or more.
+
+    Reading a loss synchronises with the GPU: there it is done every 20 steps, or after 5 s.
+    """
+
+    def __init__(self, name: str, n_steps: int, file: Path | None = None):
+        self.name, self.n_steps, self.file, self.start = name, n_steps, file, time.time()
+        self.rows: list[dict] = []
+        self.pending_losses: list[Tensor] = []
+        self.read_at, self.printed = 0.0, 0  # seconds; twentieths of the run
+        if file and rank() == 0:
+            write_jsonl(file, [])
+
+    def add(self, loss: Tensor, **row: float) -> None:
+        """Raises FloatingPointError where a loss that is read is not finite."""
+        seconds, done = time.time() - self.start, (row["step"] + 1) / self.n_steps
+        self.rows.append(row | {"seconds": seconds})
+        self.pending_losses.append(loss)
+        if loss.is_cuda and row["step"] % 20 and done < 1 and seconds < self.read_at + 5:
+            return
+        self.read_at, fresh = seconds, self.rows[-len(self.pending_losses) :]
+        for r, value in zip(fresh, torch.stack(self.pending_losses).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"loss is {value} at step {r['step']} of {self.n_steps}")
+            r["loss"] = value
+        self.pending_losses.clear()
+        if self.file and rank() == 0:
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write("".join(map(dump_row, fresh)))
+        if int(20 * done) > self.printed and seconds / done >= 20:
+            self.printed = int(20 * done)
+            with tqdm.external_write_mode():
+                print0(progress_line(self.name, self.n_steps, self.rows[-1]))
+
+
+def progress_line(name: str, n_steps: int, row: dict) -> str:
+    done, seconds = (row["step"] + 1) / n_steps, row["seconds"]
+    rate, left = row["tokens"] / seconds, seconds / done - seconds
+    return (
+        f"{name}: step {row['step'] + 1} of {n_steps} ({done:.0%}), loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+        f"{rate:.0f} tokens/s, {left / 60:.1f} min left"
+    )
+
+
+def backward_batch(
+    classifier: Classifier, tokens: list, y: Tensor, step_frac: float, config, max_tokens: int
+) -> Tensor:
     """The loss of the whole batch, on every rank, and its gradients, left with the optimizer.
 
-    Every rank runs its share of the samples; a rank with nothing left goes along with a sample that has no gradient.
+    Every rank runs its share of the samples. A rank with nothing left runs a forward without gradient, so that
+    collectives match.
     """
     ranks = world_size() if classifier.sharded else 1
-    mine = shares([len(t) for t in tokens], micro_tokens, ranks)[rank() % ranks]
+    mine = split_over_ranks([len(t) for t in tokens], max_tokens, ranks)[rank() % ranks]
     rows = [to_device(torch.tensor(m, dtype=torch.long), y.device) for m in mine]
 
     def forward(m: list[int]) -> Tensor:
@@ -240,7 +266,7 @@ def push_back(classifier: Classifier, tokens: list, y: Tensor, step_frac: float,
         of_rows = torch.zeros_like(out)
         of_rows[: len(r)] = ranks * gradient[r]  # FSDP takes the mean over ranks
         out.backward(of_rows)
-        classifier.optimizer.take_gradients(first=n == 0)
+        classifier.optimizer.accumulate_grads(first=n == 0)
     if ranks > 1:
         torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks), group=process_group())
     return loss
@@ -257,16 +283,16 @@ def check_labels(labels: Tensor, n: int) -> None:
 
 
 @torch.no_grad()
-def forward_all(classifier: Classifier, texts: list[str], config: TrainConfig, what: Callable) -> Tensor:
-    """`what`, classifier.features or .logits, of every text, on the CPU; neighbours in length share a forward."""
+def forward_all(classifier: Classifier, texts: list[str], config: TrainConfig, fn: Callable) -> Tensor:
+    """`fn`, classifier.features or .logits, of every text, on the CPU; neighbours in length share a forward."""
     samples, _ = classifier.encode(texts, config.max_tokens)
     lengths = [len(s) for s in samples]
     order = sorted(range(len(samples)), key=lambda i: lengths[i])
-    slices = micro_batches(order, lengths, min(config.micro_tokens, 4096))
+    slices = micro_batches(order, lengths, min(config.max_tokens_per_forward, 4096))
     ranks, me = (world_size(), rank()) if classifier.sharded else (1, 0)
     out: dict[int, Tensor] = {}
     for n in tqdm(range(0, len(slices), ranks), desc="forward", leave=False, disable=rank() > 0 or None):
-        y = what([samples[i] for i in slices[min(n + me, len(slices) - 1)]])  # past the end the last one, to go along
+        y = fn([samples[i] for i in slices[min(n + me, len(slices) - 1)]])  # past the end the last one, to go along
         out |= {n + me: y.cpu()} if n + me < len(slices) else {}
     parts = gather(out) if ranks > 1 else [out]
     return torch.cat([parts[n % ranks][n] for n in range(len(slices))])[torch.tensor(order).argsort()]
@@ -320,13 +346,13 @@ def main() -> None:
     for name in ("train", "test"):
         if not Path(getattr(args, name)).is_file():
             raise InputError(f"--{name} {getattr(args, name)!r}: no such file")
-    for name in ("lr", "epochs", "batch_size", "max_tokens", "micro_tokens"):
+    for name in ("lr", "epochs", "batch_size", "max_tokens", "max_tokens_per_forward"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0, and finite")
     for name, most in {"alpha": 1000, "beta": 1000, "aux_coef": 1, "warmup_frac": 1}.items():
         if not 0 <= getattr(args, name) <= most:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to {most}")
-    if check_out(args.out).exists():
+    if check_out(args.out).exists() and {p.name for p in out.iterdir()} != {"steps.jsonl"}:
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
     resolve(args.kernels)
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
@@ -334,20 +360,19 @@ def main() -> None:
     n_classes = max([2, *(len(r["probs"]) for r in train if isinstance(r.get("probs"), list))])
     labels = soft_labels(train, n_classes)
     soft_labels([{"id": r["id"], "label": r["label"]} for r in test if "label" in r], n_classes)
-    if n_classes != 2 and (args.loss == "logconf" or args.head_init == "verbalizer"):
-        raise InputError(f"--train {args.train}: {n_classes} classes; --loss logconf and --head-init verbalizer take 2")
+    if n_classes != 2 and args.loss == "logconf":
+        raise InputError(f"--train {args.train}: {n_classes} classes; --loss logconf takes 2 classes")
     if (labels == labels[0]).all() and labels[0].max() == 1 and len(labels) > 1:
         raise InputError(f"--train {args.train}: all {len(labels)} rows have the same label, there is nothing to learn")
     classifier = Classifier(
         ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels, sharded=True
     )
     print0(f"{args.model} in {classifier.dtype}, kernels: {classifier.kernels}")
-    cost = finetune(classifier, [r["text"] for r in train], labels, config)
+    cost = finetune(classifier, [r["text"] for r in train], labels, config, out / "steps.jsonl")
     probs = predict(classifier, [r["text"] for r in test], config)
     if args.keep_model:
         save_model(classifier, out / "model", config, Path(args.train).name)
     if rank() == 0:
-        write_jsonl(out / "steps.jsonl", cost.pop("log"))
         write_jsonl(out / "predictions.jsonl", prediction_rows(test, probs))
     scored = [int(p.argmax()) == r["label"] for r, p in zip(test, probs, strict=True) if "label" in r]
     accuracy = f", accuracy {sum(scored) / len(scored):.4f} on {len(scored)}" if scored else ""

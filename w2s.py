@@ -479,8 +479,8 @@ class Experiment:
         lr = c.head_lr if c.head_only else c.weak_lr if model is self.weak else c.lr
         return train.TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
-            seed=100 * seed + finetune_seed, dtype=c.dtype, ramp=c.ramp, checkpointing=c.checkpointing,
-            kernels=c.kernels, micro_tokens=c.micro_tokens,
+            seed=100 * seed + finetune_seed, dtype=c.dtype, aux_warmup=c.ramp, checkpointing=c.checkpointing,
+            kernels=c.kernels, max_tokens_per_forward=c.micro_tokens,
         )  # fmt: skip
 
     def finetuning(
@@ -497,7 +497,6 @@ class Experiment:
         keep = keep or self.config.keep_models
         code_of_loss = [
             code(train.LOSSES[train_config.loss]),
-            code(getattr(train, f"{train_config.loss}_loss", train.xent_loss)),
             code(getattr(conf_loss, f"{train_config.loss}_target", conf_loss.cross_entropy)),
         ]
         config = {
@@ -522,8 +521,10 @@ class Experiment:
 
         def make(out: Path) -> dict:
             classifier, rows = self.classifier(model, sharded=True), samples()
-            cost = train.finetune(classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), train_config)
-            files = {"steps": cost.pop("log")}
+            texts, labels = [r["text"] for r in rows], train.soft_labels(rows, 2)
+            cost = train.finetune(classifier, texts, labels, train_config, out / "steps.jsonl")
+            files = {}
+            del cost["log"]
             for part in parts:
                 rows = read(part)
                 probs = train.predict(classifier, [r["text"] for r in rows], train_config)

@@ -1,9 +1,8 @@
-"""The kernel benchmark: tail, loss and their gradients, beside PyTorch, torch.compile and OpenAI's way.
+"""The kernel benchmark: head, loss and their gradients, beside PyTorch, torch.compile and OpenAI's way.
 
     python -m bench.kernels --csv kernels.csv        every row that this machine can run
 
-T1 to T4: B samples of K = 2 classes; T1 to T3 read padded hidden states [B, T, D], T4 packed ones, with the final norm.
-T5: loss and gradient of E heads at once. Every provider but openai returns the gradient of the B rows alone; openai that
+T1 to T3: B samples of K = 2 classes and their hidden states [B, T, D]. T4: loss and gradient of E heads at once. Every provider but openai returns the gradient of the B rows alone; openai that
 of all of `hidden`, as its loop does.
 
 Columns: median, 20th and 80th percentile of the wall time with a synchronised GPU; GPU time from a flushed L2 cache (cold);
@@ -26,13 +25,13 @@ from torch import Tensor
 
 import train
 from common import flag, parse_dataclass, print0, run_script, write_text
-from kernels import conf_loss, tail
+from kernels import conf_loss
+from kernels import head as head_kernel
 from model import device
 from stages import provenance
 
 DEVICE = device()
 GPU = DEVICE.type == "cuda"
-EPS = 1e-6
 CONFIG = train.TrainConfig()  # of the losses
 SHARE = 0.5  # of the run: the confidence loss after its warm-up
 COLUMNS = (
@@ -43,16 +42,16 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    rows: tuple = flag(("T1", "T2", "T3", "T4", "T5"), "which to run", choices=("T1", "T2", "T3", "T4", "T5"))
+    rows: tuple = flag(("T1", "T2", "T3", "T4"), "which to run", choices=("T1", "T2", "T3", "T4"))
     csv: str = flag("", "file to write the rows to")
 
 
-# ---- T: tail and loss ----
+# ---- head and loss ----
 
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of one T row; `hidden` is [B, T, D] or [N, D], `flat` the same as [N, D]; T5 has `logits` alone."""
+    """Inputs of one row; `hidden` is [B, T, D], `flat` the same as [B * T, D]; T4 has `logits` alone."""
 
     row: str
     shape: str
@@ -60,7 +59,6 @@ class Case:
     labels: Tensor  # [E, B, K]
     hidden: Tensor | None = None
     rows: Tensor | None = None
-    norm_w: Tensor | None = None
     head_w: Tensor | None = None
     logits: Tensor | None = None
     n_bytes: int = 0  # moved once: inputs read, gradients written
@@ -76,45 +74,37 @@ def cases(names: tuple) -> list[Callable[[], Case]]:
     batches = {"T1": 32, "T2": 256, "T3": 4096} if GPU else {"T1": 32}
     made = []
     for loss in conf_loss.MODES:
-        made += [(row, tail_case, (row, B, T, D, loss, False)) for row, B in batches.items()]
-        made.append(("T4", tail_case, ("T4", 32, T, D, loss, True)))
+        made += [(row, head_case, (row, B, T, D, loss)) for row, B in batches.items()]
         sizes = [(E, B) for E in (1, 64, 1024) for B in (32, 4096)] if GPU else [(1, 32), (64, 32)]
-        made += [("T5", heads_case, (E, B, loss)) for E, B in sizes]
+        made += [("T4", heads_case, (E, B, loss)) for E, B in sizes]
     return [(lambda make=make, a=a: make(*a)) for row, make, a in made if row in names]
 
 
-def tail_case(row: str, B: int, T: int, D: int, loss: str, packed: bool) -> Case:
+def head_case(row: str, B: int, T: int, D: int, loss: str) -> Case:
     g = torch.Generator(DEVICE).manual_seed(0)
-    dtype = torch.bfloat16 if GPU else torch.float32
-    hidden = torch.randn(*((B * T,) if packed else (B, T)), D, generator=g, device=DEVICE, dtype=dtype)
+    hidden = torch.randn(B, T, D, generator=g, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
     lengths = torch.randint(T // 2, T + 1, (B,), generator=g, device=DEVICE)
     return Case(
-        row, f"B={B} {'N' if packed else 'T'}={B * T if packed else T} D={D} {str(dtype)[6:]}{' norm' if packed else ''}", loss,
+        row, f"B={B} T={T} D={D} {str(hidden.dtype)[6:]}", loss,
         torch.randn(1, B, 2, generator=g, device=DEVICE).softmax(-1), hidden,
         (torch.arange(B, device=DEVICE) * T + lengths - 1).int(),
-        torch.rand(D, generator=g, device=DEVICE) if packed else None,
         torch.randn(2, D, generator=g, device=DEVICE) / D**0.5,
-        n_bytes=3 * B * D * hidden.element_size() + (3 * 2 + 3 * packed) * D * 4,
+        n_bytes=3 * B * D * hidden.element_size() + 3 * 2 * D * 4,
     )  # fmt: skip
 
 
 def heads_case(E: int, B: int, loss: str) -> Case:
     g = torch.Generator(DEVICE).manual_seed(0)
     logits, labels = (3 * torch.randn(E, B, 2, generator=g, device=DEVICE) for _ in range(2))
-    return Case("T5", f"E={E} B={B}", loss, labels.softmax(-1), logits=logits, n_bytes=3 * 4 * logits.numel())
+    return Case("T4", f"E={E} B={B}", loss, labels.softmax(-1), logits=logits, n_bytes=3 * 4 * logits.numel())
 
 
-def batch_loss(case: Case, z: Tensor, y: Tensor) -> Tensor:
-    return train.LOSSES[case.loss](z, y, SHARE, CONFIG)
+def loss_of(case: Case, z: Tensor, y: Tensor) -> Tensor:
+    return conf_loss.cross_entropy(z, train.LOSSES[case.loss](z.detach(), y, SHARE, CONFIG))
 
 
 def heads_loss(case: Case, z: Tensor) -> Tensor:
-    target = {
-        "xent": lambda: case.labels,
-        "product": lambda: conf_loss.product_target(z, case.labels, CONFIG.alpha, CONFIG.beta),
-        "logconf": lambda: conf_loss.logconf_target(z, case.labels, CONFIG.aux_coef),
-    }[case.loss]()
-    return conf_loss.cross_entropy(z, target)
+    return loss_of(case, z, case.labels)
 
 
 def leaves(*tensors: Tensor | None) -> list[Tensor]:
@@ -122,26 +112,27 @@ def leaves(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def eager(case: Case, forward: Callable | None = None) -> tuple[Tensor, ...]:
-    """Loss and gradients with PyTorch's own operations: (loss, dh, dW[, dw]) or, of heads, (loss, dz)."""
+    """Loss and gradients with PyTorch's own operations: (loss, dh, dW) or, of heads, (loss, dz)."""
     if case.logits is not None:
         (z,) = leaves(case.logits)
         loss = (forward or heads_loss)(case, z)
         return loss, *torch.autograd.grad(loss.sum(), z)
-    inputs = leaves(case.flat[case.rows.long()], case.head_w, case.norm_w)
-    loss = (forward or tail_loss)(case, *inputs)
+    inputs = leaves(case.flat[case.rows.long()], case.head_w)
+    loss = (forward or head_loss)(case, *inputs)
     return loss, *torch.autograd.grad(loss, inputs)
 
 
-def tail_loss(case: Case, h: Tensor, head_w: Tensor, norm_w: Tensor | None = None) -> Tensor:
-    return batch_loss(case, tail.reference(h, None, norm_w, EPS, head_w), case.labels[0].to(head_w.dtype))
+def head_loss(case: Case, h: Tensor, head_w: Tensor) -> Tensor:
+    logits = torch.nn.functional.linear(h.to(torch.promote_types(h.dtype, torch.float32)), head_w)
+    return loss_of(case, logits, case.labels[0].to(head_w.dtype))
 
 
 def loop(case: Case) -> tuple[Tensor, ...]:
-    """T5 as one head after the other."""
+    """T4 as one head after the other."""
     done = []
     for z, y in zip(case.logits, case.labels, strict=True):
         (z,) = leaves(z)
-        loss = batch_loss(case, z, y)
+        loss = loss_of(case, z, y)
         done.append((loss, *torch.autograd.grad(loss, z)))
     return tuple(map(torch.stack, zip(*done, strict=True)))
 
@@ -152,25 +143,26 @@ def openai(case: Case) -> tuple[Tensor, ...]:
     lengths = case.rows - torch.arange(B, device=DEVICE) * T
     hidden, head_w = leaves(case.hidden, case.head_w)
     last = torch.stack([hidden[i, lengths[i]] for i in range(B)])
-    loss = batch_loss(case, torch.nn.functional.linear(last.float(), head_w), case.labels[0])
+    loss = loss_of(case, torch.nn.functional.linear(last.float(), head_w), case.labels[0])
     return loss, *torch.autograd.grad(loss, (hidden, head_w))
 
 
 def compiled(case: Case) -> Callable[[], tuple[Tensor, ...]]:
     torch.compiler.reset()
-    forward = torch.compile(heads_loss if case.logits is not None else tail_loss, dynamic=False)
+    forward = torch.compile(heads_loss if case.logits is not None else head_loss, dynamic=False)
     return lambda: eager(case, forward)
 
 
 def ours(case: Case) -> tuple[Tensor, ...]:
-    """Three launches: tail, loss with its gradient, tail's gradient; of heads one."""
-    c, loss = CONFIG.aux_coef, conf_loss.conf_loss
+    """Three launches: head, loss with its gradient, head's gradient; of heads one."""
+
+    def loss(z: Tensor) -> tuple[Tensor, Tensor]:
+        return conf_loss.conf_loss(z, case.labels, case.loss, CONFIG.aux_coef, CONFIG.alpha, CONFIG.beta)
+
     if case.logits is not None:
-        return loss(case.logits, case.labels, case.loss, c, CONFIG.alpha, CONFIG.beta, "triton")[:2]
-    z, rstd = tail.forward(case.flat, case.rows, case.norm_w, EPS, case.head_w)
-    value, g, _ = loss(z[None], case.labels, case.loss, c, CONFIG.alpha, CONFIG.beta, "triton")
-    dh, d_head, d_norm = tail.backward(case.flat, case.rows, case.norm_w, case.head_w, z, rstd, g[0])
-    return value[0], dh, d_head, *([] if d_norm is None else [d_norm])
+        return loss(case.logits)
+    value, g = loss(head_kernel.forward(case.flat, case.rows, case.head_w)[None])
+    return value[0], *head_kernel.backward(case.flat, case.rows, case.head_w, g[0])
 
 
 def captured(step: Callable[[], tuple]) -> Callable[[], tuple]:
@@ -193,7 +185,7 @@ def providers(case: Case) -> dict[str, Callable[[], Callable[[], tuple]]]:
     heads, B = case.logits is not None, case.labels.shape[1]
     if heads and len(case.labels) <= 64:
         made["eager loop"] = lambda: lambda: loop(case)
-    if not heads and case.row != "T4" and B <= 256:
+    if not heads and B <= 256:
         made["openai"] = lambda: lambda: openai(case)
     if GPU:
         made |= {
@@ -215,7 +207,7 @@ def errors(case: Case, outputs: tuple[Tensor, ...]) -> tuple[float, float]:
         case,
         hidden=None if case.hidden is None else case.flat[case.rows.long()].double(),
         rows=None if case.rows is None else torch.arange(len(case.rows), device=DEVICE),
-        **{n: None if getattr(case, n) is None else getattr(case, n).double() for n in ("norm_w", "head_w", "logits", "labels")},
+        **{n: None if getattr(case, n) is None else getattr(case, n).double() for n in ("head_w", "logits", "labels")},
     )  # fmt: skip
     want = eager(wide)
     loss, dh, *weights = outputs
@@ -277,8 +269,8 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (statistics.median(wall_ms(lambda: target.copy_(source), 0.5)) / 1e3)
 
 
-def tail_rows(args: Args, seconds: float = 0.5):
-    """One row a T case and provider."""
+def measured_rows(args: Args, seconds: float = 0.5):
+    """One row per case and provider."""
     bandwidth = copy_bandwidth()
     print0(f"copy: {bandwidth / 1e9:.0f} GB/s read and written")
     for make in cases(args.rows):
@@ -315,7 +307,7 @@ def absent():
         yield (
             "compile, ours, each + graph",
             "T",
-            "needs a GPU, and so do T2, T3 and the full sizes of T1, T4, T5",
+            "needs a GPU, and so do T2, T3 and the full sizes of T1 and T4",
         )
 
 
@@ -350,7 +342,7 @@ def write_rows(rows: Iterable[dict], path: str) -> None:
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "bench.kernels", __doc__)
     notes = (dict.fromkeys(COLUMNS) | {"row": r, "provider": p, "note": n} for p, r, n in absent())
-    write_rows((row for rows in (tail_rows(args), notes) for row in rows), args.csv)
+    write_rows((row for rows in (measured_rows(args), notes) for row in rows), args.csv)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 import train
 from bench.kernels import COLUMNS, DEVICE, GPU, spread, synchronise, write_rows
 from common import InputError, flag, parse_dataclass, read_samples, run_script
+from kernels import conf_loss
 from model import Classifier, ModelSpec, load_model, resolve_dtype
 
 
@@ -72,7 +73,9 @@ class OpenAILoop:
                 ]  # causal: padding behind changes nothing
                 logits += [self.model.score(hidden[j, len(s) - 1]) for j, s in enumerate(chosen)]
             y = labels[batch].to(DEVICE)
-            loss = train.LOSSES[config.loss](torch.stack(logits).float(), y, step / len(schedule), config)
+            z = torch.stack(logits).float()
+            target = train.LOSSES[config.loss](z.detach(), y, step / len(schedule), config)
+            loss = conf_loss.cross_entropy(z, target)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """Triton kernels of the finetuning step, each beside its PyTorch reference in the same signature.
 
-    tail.py        hidden states -> class logits: gather of the last tokens, final norm, head
-    conf_loss.py   class logits -> loss, gradient and statistics: xent, product, logconf, for E heads at once
+    head.py        hidden states -> class logits: gather of the last tokens, head
+    conf_loss.py   class logits -> loss and gradient: xent, product, logconf, for E heads at once
 
 Nothing here imports torch's CUDA parts or asks for a driver until a kernel is called.
 """

@@ -1,4 +1,4 @@
-"""The three losses of weak-to-strong finetuning for E heads at once: loss, gradient and statistics in one launch.
+"""The three losses of weak-to-strong finetuning for E heads at once: loss and gradient in one launch.
 
 Each is the mean cross-entropy to a target t that carries no gradient; with p = softmax(z) and soft labels y:
 
@@ -6,14 +6,14 @@ Each is the mean cross-entropy to a target t that carries no gradient; with p = 
 
     xent     t = y
     product  t = p^beta y^alpha / sum_k p_k^beta y_k^alpha, in log space
-    logconf  t = (1 - c_e) y + c_e h, for K = 2; h is class 0 where p_0 >= threshold, class 1 elsewhere, and the threshold
-             is the quantile of p_0 over the batch at q = mean_b y_b1, so that h has the classes as often as y
+    logconf  t = (1 - c) y + c h, for K = 2; h is class 0 where p_0 >= threshold, class 1 elsewhere, and the threshold is
+             the quantile of p_0 over the batch at q = mean_b y_b1, so that h has the classes as often as y
 
 p_0 is float64 here, in the reference and in the kernel: in float32 it ties at 1. The kernel finds the order statistic
 below the quantile exactly: 32 count-and-halve steps on the bits of the float32 margins z_0 - z_1, which order as p_0
 does, then, among the samples of that one margin, one step for each value of p_0 up to it (nearly always one value). Reference
-and kernel differ in what is hardened only where the last bit of exp, or of the sum of the labels, decides.
-Shapes: E heads, B samples, K classes.
+and kernel differ in what is hardened only where the last bit of exp, or of the sum of the labels, decides. train.py's
+LOSSES says which target each loss has. Shapes: E heads, B samples, K classes.
 """
 
 import torch
@@ -23,34 +23,32 @@ import triton.language as tl
 from torch import Tensor
 
 from common import InputError
-from kernels import resolve
 
-MODES = {"xent": 0, "product": 1, "logconf": 2}
+MODES = {"xent": 0, "product": 1, "logconf": 2}  # what the kernel computes
 MAX_ROWS = 4096  # samples of a head of logconf, whose quantile is found in registers
 TINY = torch.finfo(torch.float32).min / 4  # stands for log 0: alpha times it is still finite
 
 
 def conf_loss(
-    logits: Tensor,
-    labels: Tensor,
-    mode: str,
-    coef: float | Tensor = 0.0,
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    kernels: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [E], its gradient at the logits [E, B, K], and statistics [E, 4], all float32 and without autograd history.
+    logits: Tensor, labels: Tensor, mode: str, coef: float = 0.0, alpha: float = 1.0, beta: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Loss [E] and its gradient at the logits [E, B, K], float32 and without autograd history, by the Triton kernel.
 
-    logits [E, B, K]; labels [E or 1, B, K]; coef, c of the logconf target, a number or [E]. The statistics: threshold,
-    share hardened to class 0 (both 0 unless logconf), share of samples whose most likely class is the label's, mean probability of
-    that most likely class. Raises InputError where `kernels` cannot run or has no such mode, ValueError on K != 2 for logconf.
+    logits [E, B, K]; labels [E or 1, B, K]; `mode` one of MODES; coef: c of the logconf target. Raises ValueError on K != 2
+    for logconf, InputError on more than MAX_ROWS samples for it.
     """
-    if mode not in MODES:
-        raise InputError(f"loss {mode!r}: there is a kernel for {', '.join(MODES)}; choose kernels 'reference'")
-    if mode == "logconf" and logits.shape[-1] != 2:
-        raise ValueError(f"logconf needs two classes, got K={logits.shape[-1]}")
-    chosen = triton_loss if resolve(kernels) == "triton" else reference
-    return chosen(logits.detach(), labels, mode, coef, alpha, beta)
+    E, B, K = logits.shape
+    if mode == "logconf" and K != 2:
+        raise ValueError(f"logconf needs two classes, got K={K}")
+    if mode == "logconf" and B > MAX_ROWS:
+        raise InputError(f"{B} samples: the logconf kernel takes at most {MAX_ROWS}; choose kernels 'reference'")
+    logits, labels = logits.detach().float().contiguous(), labels.float().contiguous()
+    loss, dz = logits.new_empty(E), torch.empty_like(logits)
+    loss_kernel[(E,)](
+        logits, labels, loss, dz, B, K, 0 if len(labels) == 1 else B * K, coef, alpha, beta, TINY,
+        MODE=MODES[mode], **blocks(B, K), enable_fp_fusion=False,
+    )  # fmt: skip
+    return loss, dz
 
 
 # ---- the reference, in the dtype of the logits ----
@@ -68,8 +66,10 @@ def product_target(logits: Tensor, labels: Tensor, alpha: float, beta: float) ->
     return F.softmax(beta * log_p + alpha * log_y, dim=-1)
 
 
-def logconf_target(logits: Tensor, labels: Tensor, coef: float | Tensor) -> Tensor:
-    """(1 - c) y + c h, with h the prediction hardened at the quantile; [..., B, 2], c a number or [..., 1, 1]."""
+def logconf_target(logits: Tensor, labels: Tensor, coef: float) -> Tensor:
+    """(1 - c) y + c h, with h the prediction hardened at the quantile: [..., B, 2]. Raises ValueError on another K."""
+    if logits.shape[-1] != 2:
+        raise ValueError(f"logconf needs two classes, got K={logits.shape[-1]}")
     h = F.one_hot((~hardened_to_0(logits, labels)).long(), 2).to(labels)
     return (1 - coef) * labels + coef * h
 
@@ -88,27 +88,13 @@ def quantile(p: Tensor, q: Tensor) -> Tensor:
     return torch.lerp(below, above, rank - rank.floor())
 
 
-def reference(logits, labels, mode, coef=0.0, alpha=1.0, beta=1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """`conf_loss` in PyTorch, its gradient by autograd."""
-    c = coef[:, None, None] if isinstance(coef, Tensor) else coef
+def reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [...] to a target [..., B, K] and its gradient at the logits, by autograd."""
     z = logits.detach().requires_grad_()
     with torch.enable_grad():
-        target = {
-            "xent": lambda: labels,
-            "product": lambda: product_target(z, labels, alpha, beta),
-            "logconf": lambda: logconf_target(z, labels, c),
-        }[mode]()
         loss = cross_entropy(z, target)
         (gradient,) = torch.autograd.grad(loss.sum(), z)
-    confidence, predicted = logits.softmax(-1).max(-1)
-    stats = torch.zeros(len(logits), 4, dtype=logits.dtype, device=logits.device)
-    if mode == "logconf":
-        hardened, p0 = hardened_to_0(logits, labels), F.softmax(logits.double(), dim=-1)[..., 0]
-        stats[:, 0] = quantile(p0, labels[..., 1].double().mean(-1, keepdim=True).clamp(0, 1))[:, 0]
-        stats[:, 1] = hardened.double().mean(-1)
-    stats[:, 2] = (predicted == labels.argmax(-1)).double().mean(-1)
-    stats[:, 3] = confidence.mean(-1)
-    return loss.detach(), gradient, stats
+    return loss.detach(), gradient
 
 
 # ---- the kernel ----
@@ -158,23 +144,19 @@ def hardening_threshold(z_ptr, y_ptr, n_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def loss_kernel(
-    z_ptr, y_ptr, coef, loss_ptr, dz_ptr, stats_ptr,  # [E, B, K], [E or 1, B, K], number or [E], [E], [E, B, K], [E, 4]
-    n_rows, n_classes: tl.constexpr, y_stride, alpha, beta, tiny,
-    MODE: tl.constexpr, COEF_PER_HEAD: tl.constexpr,
+    z_ptr, y_ptr, loss_ptr, dz_ptr,  # [E, B, K], [E or 1, B, K], [E], [E, B, K]
+    n_rows, n_classes: tl.constexpr, y_stride, coef, alpha, beta, tiny, MODE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program a head. ROWS, at least n_rows, is how many samples lie in registers for the quantile."""
+    """One program per head. ROWS, at least n_rows, is how many samples lie in registers for the quantile."""
     e = tl.program_id(0).to(tl.int64)
     z_ptr += e * n_rows * n_classes
     dz_ptr += e * n_rows * n_classes
     y_ptr += e * y_stride
-    threshold = tl.full([], 0.0, tl.float64)
     if MODE == 2:
-        c = tl.load(coef + e) if COEF_PER_HEAD else coef
         threshold = hardening_threshold(z_ptr, y_ptr, n_rows, ROWS)
     k = tl.arange(0, BLOCK_K)[None, :]
-    loss, confidence = tl.full([BLOCK_B], 0.0, tl.float32), tl.full([BLOCK_B], 0.0, tl.float32)
-    hardened, agree = tl.full([BLOCK_B], 0, tl.int32), tl.full([BLOCK_B], 0, tl.int32)
+    loss = tl.full([BLOCK_B], 0.0, tl.float32)
     for start in range(0, n_rows, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         row, is_class = b < n_rows, k < n_classes
@@ -194,19 +176,11 @@ def loss_kernel(
             t = t / tl.sum(t, 1)[:, None]
         else:
             to_0 = (float64_p0(tl.load(z_ptr + 2 * b), tl.load(z_ptr + 2 * b + 1)) >= threshold).to(tl.int32)
-            hardened += tl.where(row, to_0, 0)
-            t = (1 - c) * y + c * (to_0[:, None] != k).to(tl.float32)
+            t = (1 - coef) * y + coef * (to_0[:, None] != k).to(tl.float32)
         gradient = (exps / total[:, None] * tl.sum(t, 1)[:, None] - t) / n_rows
         tl.store(dz_ptr + at, gradient, mask=row[:, None] & is_class)
         loss -= tl.where(row, tl.sum(tl.where(is_class, t * log_p, 0.0), 1), 0.0)
-        agree += (row & (tl.argmax(z, 1) == tl.argmax(y, 1))).to(tl.int32)
-        confidence += tl.where(row, 1.0 / total, 0.0)
     tl.store(loss_ptr + e, tl.sum(loss, 0) / n_rows)
-    stats_ptr += e * 4
-    tl.store(stats_ptr, threshold.to(tl.float32))
-    tl.store(stats_ptr + 1, tl.sum(hardened, 0).to(tl.float32) / n_rows)
-    tl.store(stats_ptr + 2, tl.sum(agree, 0).to(tl.float32) / n_rows)
-    tl.store(stats_ptr + 3, tl.sum(confidence, 0) / n_rows)
 
 
 def blocks(n_rows: int, n_classes: int) -> dict[str, int]:
@@ -214,16 +188,3 @@ def blocks(n_rows: int, n_classes: int) -> dict[str, int]:
     rows, classes = triton.next_power_of_2(n_rows), triton.next_power_of_2(n_classes)
     warps = min(max(rows // 256, 1), 16)
     return {"ROWS": rows, "BLOCK_B": min(rows, warps * 128 // classes), "BLOCK_K": classes, "num_warps": warps}
-
-
-def triton_loss(logits, labels, mode, coef, alpha, beta) -> tuple[Tensor, Tensor, Tensor]:
-    E, B, K = logits.shape
-    if mode == "logconf" and B > MAX_ROWS:
-        raise InputError(f"{B} samples: the logconf kernel takes at most {MAX_ROWS}; choose kernels 'reference'")
-    logits, labels = logits.float().contiguous(), labels.float().contiguous()
-    loss, dz, stats = logits.new_empty(E), torch.empty_like(logits), logits.new_empty(E, 4)
-    loss_kernel[(E,)](
-        logits, labels, coef, loss, dz, stats, B, K, 0 if len(labels) == 1 else B * K, alpha, beta, TINY,
-        MODE=MODES[mode], COEF_PER_HEAD=isinstance(coef, Tensor), **blocks(B, K), enable_fp_fusion=False,
-    )  # fmt: skip
-    return loss, dz, stats

@@ -15,36 +15,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels import conf_loss, tail
+from kernels import conf_loss, head
 
 
 def shipped() -> Iterator[tuple[str, object, dict, dict]]:
     """Name, kernel, pointer and number types of the arguments that are not constants, and the constants."""
-    fp32 = dict.fromkeys(("norm_ptr", "head_ptr", "logits_ptr", "rstd_ptr", "g_ptr", "sums_ptr"), "*fp32")
-    for D, K, hidden, rows, norm in (
-        (576, 2, "*fp32", "*i32", "*fp32"),
-        (5120, 2, "*bf16", None, None),
-        (5120, 2, "*bf16", "*i32", "*bf16"),
-        (5120, 8, "*bf16", "*i32", "*fp32"),
-        (5120, 32, "*bf16", "*i32", "*fp32"),
-    ):
-        types = fp32 | {"h_ptr": hidden, "dh_ptr": hidden, "h_stride": "i32", "eps": "fp32", "n_rows": "i32"}
-        types |= {"rows_ptr": rows, "norm_ptr": norm, "rstd_ptr": norm and "*fp32"}
-        shape, name = {"n_cols": D, "n_classes": K}, f"D={D} K={K} {hidden[1:]}{' norm' if norm else ''}"
-        yield f"tail forward  {name}", tail.forward_kernel, types, shape | tail.forward_blocks(D, K)
-        rows_each = {"ROWS": tail.SPLIT_ROWS}
-        yield f"tail backward {name}", tail.backward_kernel, types, shape | rows_each | tail.backward_blocks(K)
+    fp32 = dict.fromkeys(("weight_ptr", "logits_ptr", "g_ptr", "sums_ptr"), "*fp32")
+    for D, K, hidden in ((576, 2, "*fp32"), (5120, 2, "*bf16"), (5120, 8, "*bf16"), (5120, 32, "*bf16")):
+        types = fp32 | {"h_ptr": hidden, "dh_ptr": hidden, "rows_ptr": "*i32", "h_stride": "i32", "n_rows": "i32"}
+        shape, name = {"n_cols": D, "n_classes": K}, f"D={D} K={K} {hidden[1:]}"
+        yield f"head forward  {name}", head.forward_kernel, types, shape | head.forward_blocks(D, K)
+        rows_each = {"ROWS": head.SPLIT_ROWS}
+        yield f"head backward {name}", head.backward_kernel, types, shape | rows_each | head.backward_blocks(K)
     for mode, number in conf_loss.MODES.items():
-        for B, K, coef in (
-            (32, 2, "fp32"), (256, 2, "fp32"), (4096, 2, "fp32"), (4096, 2, "*fp32"), (1024, 8, "fp32"),
-        ):  # fmt: skip
+        for B, K in ((32, 2), (256, 2), (4096, 2), (1024, 8)):
             if mode != "logconf" or K == 2:
-                types = dict.fromkeys(("z_ptr", "y_ptr", "loss_ptr", "dz_ptr", "stats_ptr"), "*fp32")
-                types |= dict.fromkeys(("alpha", "beta", "tiny"), "fp32")
-                types |= {"coef": coef, "n_rows": "i32", "y_stride": "i32"}
-                constants = {"n_classes": K, "MODE": number, "COEF_PER_HEAD": coef[0] == "*", "enable_fp_fusion": False}
-                name = f"{mode} B={B} K={K}{' c by head' if coef[0] == '*' else ''}"
-                yield f"loss {name}", conf_loss.loss_kernel, types, constants | conf_loss.blocks(B, K)
+                types = dict.fromkeys(("z_ptr", "y_ptr", "loss_ptr", "dz_ptr"), "*fp32")
+                types |= dict.fromkeys(("coef", "alpha", "beta", "tiny"), "fp32") | {"n_rows": "i32", "y_stride": "i32"}
+                constants = {"n_classes": K, "MODE": number, "enable_fp_fusion": False}
+                yield f"loss {mode} B={B} K={K}", conf_loss.loss_kernel, types, constants | conf_loss.blocks(B, K)
 
 
 def compiled(kernel, types: dict, settings: dict) -> tuple[int, int, int]:

@@ -100,12 +100,12 @@ FLAGS = [  # script, flags behind good ones, what the line must name
     (TRAIN, ["--loss", "brier"], ("brier", "logconf")),
     (TRAIN, ["--lr", "inf"], ("--lr inf", "finite")),
     (TRAIN, ["--max-tokens", "0"], ("--max-tokens 0",)),
-    (TRAIN, ["--micro-tokens", "-5"], ("--micro-tokens -5",)),
+    (TRAIN, ["--max-tokens-per-forward", "-5"], ("--max-tokens-per-forward -5",)),
     (TRAIN, ["--aux-coef", "1.5"], ("--aux-coef 1.5", "from 0 to 1")),
     (TRAIN, ["--warmup-frac", "nan"], ("--warmup-frac nan", "from 0 to 1")),
     (TRAIN, ["--alpha", "-1"], ("--alpha -1",)),
     (TRAIN, ["--beta", "inf"], ("--beta inf",)),
-    (TRAIN, ["--head-init", "random"], ("--head-init", "verbalizer")),
+    (TRAIN, ["--aux-warmup", "steep"], ("--aux-warmup", "linear")),
     (TRAIN, ["--out", "{tmp}"], ("--out", "does not exist yet")),
     (TRAIN, ["--out", ""], ("--out ''",)),
     (TRAIN, ["--out", "{tmp}/good.jsonl/run"], ("good.jsonl", "no folder")),
@@ -204,7 +204,7 @@ LABELS = {
     "one class": (rows(*[{"label": 1}] * 8), ("all 8 rows have the same label",)),
     "three classes": (
         rows(*[{"probs": [0.2, 0.3, 0.5]}] * 8),
-        ("3 classes", "--loss logconf", "take 2"),
+        ("3 classes", "--loss logconf takes 2 classes"),
     ),
 }
 
@@ -452,7 +452,8 @@ def test_a_step_that_explodes_after_the_last_loss_is_seen(good, capsys, monkeypa
     tmp, defaults = good
     flags = [*defaults[TRAIN], "--lr", "1e38", "--epochs", "1"]
     assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr"))
-    assert not (tmp / "out").exists()
+    assert [f.name for f in (tmp / "out").iterdir()] == ["steps.jsonl"]
+    assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr"))  # such a folder may be used again
 
 
 def test_triton_without_a_gpu(good, capsys, monkeypatch):

@@ -39,7 +39,7 @@ def finetuned(folder: str) -> dict:
             return harden(z, y)
 
         conf_loss.hardened_to_0 = spy
-        config = TrainConfig(loss=loss, lr=1e-4, batch_size=6, micro_tokens=64)
+        config = TrainConfig(loss=loss, lr=1e-4, batch_size=6, max_tokens_per_forward=64)
         log = train.finetune(classifier, TEXTS, labels, config)["log"]
         conf_loss.hardened_to_0 = harden
         probs = train.predict(classifier, TEXTS, config)

@@ -90,6 +90,11 @@ def random_batches(dtype, classes=(2, 3, 8), n=1000):
         yield torch.tensor(z, dtype=dtype), torch.tensor(y, dtype=dtype), r
 
 
+def loss_of(name, z, y, step_frac=1.0, **settings):
+    """A loss of LOSSES, differentiable."""
+    return conf_loss.cross_entropy(z, train.LOSSES[name](z.detach(), y, step_frac, TrainConfig(loss=name, **settings)))
+
+
 def assert_equal_loss(got, want):
     """To 1e-6; in float32, whose steps are wider than that above 8, to 1e-6 of the value."""
     assert got.ndim == 0
@@ -100,14 +105,16 @@ def assert_equal_loss(got, want):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_xent_is_the_formula(dtype):
     for z, y, _ in random_batches(dtype):
-        assert_equal_loss(train.xent_loss(z, y), literal_xent(z.tolist(), y.tolist()))
+        assert_equal_loss(loss_of("xent", z, y), literal_xent(z.tolist(), y.tolist()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_product_is_the_formula(dtype):
     for z, y, r in random_batches(dtype):
         alpha, beta = (1, 1) if z.abs().max() > 60 else [(1, 1), (0.5, 2), (2, 0.5)][r.integers(3)]
-        assert_equal_loss(train.product_loss(z, y, alpha, beta), literal_product(z.tolist(), y.tolist(), alpha, beta))
+        assert_equal_loss(
+            loss_of("product", z, y, alpha=alpha, beta=beta), literal_product(z.tolist(), y.tolist(), alpha, beta)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -116,33 +123,34 @@ def test_logconf_is_the_formula(dtype):
         step_frac = [0.0, 0.03, 0.1, 0.100001, 0.7][r.integers(5)]
         aux_coef, warmup_frac = [(0.5, 0.1), (0.8, 0.25), (0.5, 0.0)][r.integers(2 if step_frac == 0 else 3)]
         for ramp in ("openai", "linear"):
-            got = train.logconf_loss(z, y, step_frac, aux_coef, warmup_frac, ramp)
+            settings = {"aux_coef": aux_coef, "warmup_frac": warmup_frac, "aux_warmup": ramp}
+            got = loss_of("logconf", z, y, step_frac, **settings)
             want = literal_logconf(z.tolist(), y.tolist(), step_frac, aux_coef, warmup_frac, ramp)
             assert_equal_loss(got, want)
 
 
 def test_product_target_where_label_and_prediction_exclude_each_other():
     z, y = torch.tensor([[1e4, -1e4]]), torch.tensor([[0.0, 1.0]])
-    assert train.product_loss(z, y).item() == 2e4  # 0/0 read literally; the label decides
-    assert train.product_loss(z, torch.tensor([[1.0, 0.0]])).item() == 0
+    assert loss_of("product", z, y).item() == 2e4  # 0/0 read literally; the label decides
+    assert loss_of("product", z, torch.tensor([[1.0, 0.0]])).item() == 0
 
 
 def test_the_targets_of_product_and_logconf_carry_no_gradient():
     z, y = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.full((6, 2), 0.5, dtype=torch.float64)
     p = z.detach().softmax(-1)
-    (gradient,) = torch.autograd.grad(train.product_loss(z, y), z)
+    (gradient,) = torch.autograd.grad(loss_of("product", z, y), z)
     assert_close(gradient, (p - p) / 6)  # y is even, so the target is p itself: softmax minus target
-    (gradient,) = torch.autograd.grad(train.logconf_loss(z, y, 1.0), z)
+    (gradient,) = torch.autograd.grad(loss_of("logconf", z, y), z)
     h = torch.eye(2, dtype=torch.float64)[(~conf_loss.hardened_to_0(z, y)).long()]
     assert_close(gradient, (p - (y + h) / 2) / 6)
 
 
 def test_logconf_weight_jumps_at_the_end_of_warm_up_or_rises_to_it():
     z, y = torch.tensor([[2.0, 0.0], [0.0, 2.0]], dtype=torch.float64), torch.full((2, 2), 0.5, dtype=torch.float64)
-    start, end = (train.logconf_loss(z, y, s, aux_coef=1.0).item() for s in (0.0, 1.0))
+    start, end = (loss_of("logconf", z, y, s, aux_coef=1.0).item() for s in (0.0, 1.0))
 
     def weight(step_frac, ramp):
-        return (train.logconf_loss(z, y, step_frac, 0.5, 0.1, ramp).item() - start) / (end - start)
+        return (loss_of("logconf", z, y, step_frac, aux_warmup=ramp).item() - start) / (end - start)
 
     for step_frac, openai, linear in (
         (0, 0, 0),
@@ -157,12 +165,13 @@ def test_logconf_weight_jumps_at_the_end_of_warm_up_or_rises_to_it():
 
 def test_a_linear_ramp_over_no_steps_is_no_ramp():
     z, y = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.full((2, 2), 0.5)
-    assert train.logconf_loss(z, y, 0.0, 0.5, 0.0, "linear") == train.logconf_loss(z, y, 1.0, 0.5, 0.0, "linear")
+    settings = {"warmup_frac": 0.0, "aux_warmup": "linear"}
+    assert loss_of("logconf", z, y, 0.0, **settings) == loss_of("logconf", z, y, 1.0, **settings)
 
 
 def test_logconf_takes_two_classes_only():
     with pytest.raises(ValueError, match="K=3"):
-        train.logconf_loss(torch.zeros(4, 3), torch.full((4, 3), 1 / 3), 1.0)
+        loss_of("logconf", torch.zeros(4, 3), torch.full((4, 3), 1 / 3))
 
 
 # ---- the whole batch, whatever the micro-batches ----
@@ -204,7 +213,7 @@ def test_micro_batches_change_nothing(classifier, loss, monkeypatch):
     assert gradients.shape[0] == 3 and gradients.abs().amax(1).min() > 1e-3
     assert loss != "logconf" or 0 < sum(hardened[-1]) < 32
     for n in (1, 2, 8):
-        small = TrainConfig(**{**vars(config), "micro_tokens": 9 * n})
+        small = TrainConfig(**{**vars(config), "max_tokens_per_forward": 9 * n})
         got = recorded(classifier, texts, labels, small, monkeypatch)
         assert_close(got[0], losses, atol=1e-6, rtol=0)
         assert_close(got[1], gradients, atol=1e-6, rtol=0)
@@ -263,9 +272,9 @@ def test_packed_gradients_are_those_of_each_sample_alone(family, tiny_model):
     plain.score.weight.data.copy_(classifier.model.score.weight)
     samples, _ = classifier.encode(TEXTS, 100)
     y = torch.eye(3)[[0, 1, 2, 0, 1, 2]]
-    train.xent_loss(classifier.logits(samples), y).backward()
+    conf_loss.cross_entropy(classifier.logits(samples), y).backward()
     for s, label in zip(samples, y, strict=True):
-        (train.xent_loss(plain(torch.tensor([s])).logits, label[None]) / len(samples)).backward()
+        (conf_loss.cross_entropy(plain(torch.tensor([s])).logits, label[None]) / len(samples)).backward()
     wanted = {name: p.grad for name, p in plain.named_parameters()}
     for name, p in classifier.model.named_parameters():
         assert wanted[name].abs().max() > 1e-5
@@ -295,13 +304,6 @@ def test_the_head_starts_at_zero_and_has_no_bias(family, tiny_model):
     classifier.reset(TrainConfig())
     assert [(n, p.abs().sum().item()) for n, p in classifier.model.score.named_parameters()] == [("weight", 0.0)]
     assert classifier.logits([[1, 2], [3]]).tolist() == [[0, 0], [0, 0]]
-
-
-def test_the_verbalizer_head_holds_the_rows_of_no_and_yes(classifier):
-    classifier.reset(TrainConfig(head_init="verbalizer"))
-    no, yes = (classifier.tokenizer(w)["input_ids"][-1] for w in ("no", "yes"))
-    rows = load_model(classifier.spec, AutoModelForCausalLM, torch.float32).get_input_embeddings().weight[[no, yes]]
-    assert torch.equal(classifier.model.score.weight, rows) and no != yes  # its embeddings are tied
 
 
 # ---- the loop ----
@@ -385,14 +387,42 @@ def test_bfloat16_weights_follow_float32_masters():
     adam = MasterAdam([p])
     for _ in range(100):  # each step is far below bfloat16's spacing of 1/256 under 1
         p.grad.fill_(1.0)
-        adam.take_gradients(first=True)
+        adam.accumulate_grads(first=True)
         adam.step(1e-4)
     assert_close(p.float(), torch.full((4,), 0.99), atol=1 / 512, rtol=0)
     p.grad.fill_(1.0)
-    adam.take_gradients(first=True)
+    adam.accumulate_grads(first=True)
     p.grad.fill_(2.0**-12)
-    adam.take_gradients(first=False)
+    adam.accumulate_grads(first=False)
     assert adam.masters[0].grad.tolist() == [1 + 2.0**-12] * 4  # a sum that bfloat16 would round away
+
+
+def test_steps_are_in_the_file_while_training_goes_on(classifier, samples, tmp_path, monkeypatch):
+    """Whoever reads the file between two steps finds all steps before."""
+    file, seen, batch = tmp_path / "new/steps.jsonl", [], train.backward_batch
+
+    def watched(*args):
+        seen.append([r["step"] for r in read_jsonl(file)])
+        return batch(*args)
+
+    monkeypatch.setattr(train, "backward_batch", watched)
+    texts, labels = [s["text"] for s in samples], train.soft_labels(samples, 2)
+    cost = train.finetune(classifier, texts, labels, TrainConfig(epochs=1, batch_size=8), file)
+    assert seen == [list(range(n)) for n in range(5)]
+    assert read_jsonl(file) == cost["log"]
+
+
+@pytest.mark.parametrize("seconds, lines", [(10, 0), (400, 20)])
+def test_a_long_run_prints_a_line_per_twentieth_and_a_short_one_none(seconds, lines, monkeypatch, capsys):
+    clock = iter(np.linspace(0, seconds, 101))
+    monkeypatch.setattr(train.time, "time", lambda: next(clock))
+    log = train.StepLog("finetune it", 100)
+    for step in range(100):
+        log.add(torch.tensor(0.7), step=step, lr=1e-5, tokens=1000 * (step + 1))
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == lines
+    if told:
+        assert told[4] == "finetune it: step 25 of 100 (25%), loss 0.7000, lr 1.00e-05, 250 tokens/s, 5.0 min left"
 
 
 BAD_LABELS = {
@@ -555,7 +585,9 @@ def head_alone(x, y, config):
     schedule = list(train.batches(len(x), config))
     for step, batch in enumerate(schedule):
         adam.zero_grad()
-        train.LOSSES[config.loss](head(x[batch]), y[batch], step / len(schedule), config).backward()
+        z = head(x[batch])
+        target = train.LOSSES[config.loss](z.detach(), y[batch], step / len(schedule), config)
+        conf_loss.cross_entropy(z, target).backward()
         adam.param_groups[0]["lr"] = train.lr_at(step, len(schedule), config.lr)
         adam.step()
     return head.weight.detach()
@@ -598,7 +630,7 @@ def test_the_threshold_is_torchs_quantile():
 
 def test_a_loss_that_was_edited_is_not_computed_by_the_kernel_of_the_old_one(monkeypatch):
     train.check_kernel(TrainConfig(loss="product"), "triton", torch.device("cpu"))
-    monkeypatch.setitem(train.LOSSES, "product", lambda z, y, step_frac, c: train.product_loss(z, y, 2.0, c.beta))
+    monkeypatch.setitem(train.LOSSES, "product", lambda z, y, step_frac, c: conf_loss.product_target(z, y, 2.0, c.beta))
     with pytest.raises(InputError, match="choose --kernels reference"):
         train.check_kernel(TrainConfig(loss="product"), "triton", torch.device("cpu"))
     train.check_kernel(TrainConfig(loss="product"), "reference", torch.device("cpu"))
@@ -617,7 +649,7 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(classifier, samples
 
     monkeypatch.setattr(Classifier, "logits", small_memory)
     cost = train.finetune(classifier, texts, labels, config)
-    assert cost["micro_tokens"] <= 60 and "out of memory at step 0" in capsys.readouterr().out
+    assert cost["max_tokens_per_forward"] <= 60 and "out of memory at step 0" in capsys.readouterr().out
     assert_close([r["loss"] for r in cost["log"]], [r["loss"] for r in plain["log"]], atol=1e-5, rtol=0)
     assert_close(train.predict(classifier, texts, config), wanted, atol=1e-5, rtol=0)
     monkeypatch.setattr(Classifier, "logits", lambda self, tokens: small_memory(self, tokens * 100))
@@ -633,10 +665,10 @@ def test_a_step_never_waits_for_the_gpu(loss, tiny_model, samples):
     classifier.reset(config)
     tokens, _ = classifier.encode([s["text"] for s in samples], 100)
     y = torch.full((len(tokens), 2), 0.5, device="cuda")
-    train.push_back(classifier, tokens, y, 0.5, config, config.micro_tokens)  # compiles the kernels
+    train.backward_batch(classifier, tokens, y, 0.5, config, config.max_tokens_per_forward)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.push_back(classifier, tokens, y, 0.5, config, config.micro_tokens)
+        train.backward_batch(classifier, tokens, y, 0.5, config, config.max_tokens_per_forward)
         classifier.optimizer.step(1e-4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
