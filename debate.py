@@ -174,20 +174,19 @@ def run_protocol(
         rows = [{"id": samples[s]["id"], "sides": [], "turns": [], "n_tokens": []} for s, _ in pairs]
     else:
         rows = [{key: list(v) if isinstance(v, list) else v for key, v in begun[k][s].items()} for s, k in pairs]
-    session = debater.prefill([encode_question(debater, task, protocol, s) for s in samples], K)
     start = len(rows[0]["turns"])
-    said = [
-        [encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in range(start)
-    ]  # not in the cache yet
+    questions = [encode_question(debater, task, protocol, s) for s in samples]
+    session = debater.prefill(questions, copies=K if start else 1)  # up to the first turn, all seeds read the same
+    # what was said and is not in the cache yet
+    said = [[encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in range(start)]
     for turn in range(start, turns):
         if protocol == "market_making":
             sides = [1 - c for c in choose([samples[s] for s, _ in pairs], rows)]
         else:
             sides = [assign_side(r["id"], turn if protocol == "debate" else 0) for r in rows]
         keys = [("noise", seeds[k], samples[s]["id"], turn) for s, k in pairs]
-        spoken = debater.decode_turn(
-            session, said, [encode_instruction(debater, task, protocol, turn, side) for side in sides], keys
-        )
+        prompts = [encode_instruction(debater, task, protocol, turn, side) for side in sides]
+        spoken = debater.decode_turn(session, said, prompts if turn else prompts[::K], keys)
         for row, side, ids in zip(rows, sides, spoken, strict=True):
             row["sides"].append(side)
             row["turns"].append(" ".join(debater.tokenizer.decode(ids, skip_special_tokens=True).split()))

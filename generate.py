@@ -233,16 +233,20 @@ class Debater:
     def decode_turn(
         self, session: Session, before: list, prompts: list[list[int]], keys: list[tuple]
     ) -> list[list[int]]:
-        """One turn for every row: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
+        """One turn per key: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
 
-        Samples until an end token or the limit. A turn has at least one token: the end is barred at position 0. Rows
+        With more keys than prompts each row is read once and continued by so many neighbouring copies. Samples until an end token or the limit. A turn has at least one token: the end is barred at position 0. Rows
         that ended leave the batch by halves.
         """
         config, turn = self.config, session
         logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)
         columns = session.columns() - max(map(len, prompts))
-        said: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # of the batch, as it shrinks
+        if copies := len(keys) // len(prompts) - 1:
+            each = torch.arange(len(prompts), device=logits.device).repeat_interleave(copies + 1)
+            logits = logits[each]
+            vars(session).update(vars(session.select(each)))
+        said: list[list[int]] = [[] for _ in keys]
+        rows = list(range(len(keys)))  # of the batch, as it shrinks
         open_rows = set(rows)
         for position in range(config.max_new_tokens):
             noise = torch.tensor([stable_hash(*keys[r], position) for r in rows], device=logits.device)
@@ -324,6 +328,8 @@ class VllmDebater(Debater):
         return [list(o) for o in openings for _ in range(copies)]
 
     def decode_turn(self, session: list[list[int]], before: list, prompts: list, keys: list[tuple]) -> list[list[int]]:
+        session[:] = [list(context) for context in session for _ in range(len(keys) // len(prompts))]
+        prompts = [p for p in prompts for _ in range(len(keys) // len(prompts))]
         for block in before:
             for context, tokens in zip(session, block, strict=True):
                 context += tokens

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,8 @@ class Stage:
     file, a folder, or a function that computes the digest). Of `minimum` it may hold more; when it holds less, and
     nothing else differs, `make` continues what is there. Under several processes rank 0 makes it while the others
     wait, unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` is how many are to
-    make it together while others make its neighbours (0: all).
+    make it together while others make its neighbours (0: all). `twins` are folders of other tasks: where one holds the
+    result of the same config and inputs, it is copied, not computed again.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Stage:
     minimum: dict[str, int] = dataclasses.field(default_factory=dict)
     on_all_ranks: bool = False
     group_size: int = 0
+    twins: tuple[Path, ...] = ()
 
     def wanted(self) -> dict:
         return {
@@ -104,7 +107,7 @@ class Stage:
     def begin(self) -> tuple[dict, dict] | None:
         """None when the stage is done; else what is wanted, and the manifest that it continues. Readies the folder."""
         difference = self.difference()
-        if difference == []:
+        if difference == [] or difference is None and self.copied():
             return None
         want, before = self.wanted(), read_manifest(self.folder) or {}
         if why := self.conflict():
@@ -113,6 +116,17 @@ class Stage:
             os.replace(self.folder, aside)
         write_text(self.folder / "started.json", json.dumps(want))
         return want, before
+
+    def copied(self) -> bool:
+        """Whether a twin was finished; its files are then this stage's too, the manifest last."""
+        for twin in self.twins:
+            if dataclasses.replace(self, folder=twin).difference() == [] and not self.conflict():
+                leave_out = shutil.ignore_patterns("manifest.json", "*.tmp")
+                shutil.copytree(twin, self.folder, ignore=leave_out, dirs_exist_ok=True)
+                manifest = read_manifest(twin) | {"copied_from": str(twin)}
+                write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+                return True
+        return False
 
     def conflict(self) -> str:
         """Why the files in the folder are not this stage's, finished or begun; empty where they are, or there are none."""

@@ -131,8 +131,9 @@ PRESETS = {
         lr=1e-2, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,
     ),
     "tiny": dict(
-        tasks=("places",), seeds=(0, 1), weak="smollm2-135m:3", strong="smollm2-135m", limit_train=120, lr=2e-4,
-        epochs=3, batch_size=8, max_new_tokens=6, temperature=0.7, chat=True, dtype="bfloat16",
+        tasks=("facts_evidence", "facts"), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=640,
+        limit_test=600, lr=1e-4, weak_lr=2e-4, max_new_tokens=16, chat=True, dtype="bfloat16", cache_tokens=65536,
+        methods=(*TABLE_METHODS, "ensemble_2", "ensemble_3", "turns_1", "turns_2"),
     ),
     "small": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
@@ -144,8 +145,10 @@ PRESETS = {
         cache_tokens=30_000, micro_tokens=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
     ),
 }  # fmt: skip
-PER_TASK = {  # a preset's sizes for a task that needs others (LOG.md, 2026-11-23)
-    ("tiny", "sciq"): dict(limit_train=1600, lr=1e-4, weak_lr=2e-4, epochs=2, batch_size=32, max_new_tokens=8),
+PER_TASK = {  # where a task departs from its preset
+    ("tiny", "facts"): dict(methods=tuple(n for n in TABLE_METHODS if "table4" not in METHODS[n].shown or n == "ours")),
+    ("tiny", "sciq"): dict(limit_train=1600, max_new_tokens=24, limit_test=None),
+    ("tiny", "sciq_evidence"): dict(limit_train=1600, max_new_tokens=24, limit_test=None),
 }
 
 
@@ -537,7 +540,11 @@ class Experiment:
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
         group_size = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
-        return Stage(folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size)
+        same_source = [t for t in self.config.tasks if t != self.task and source_of(t) == source_of(self.task)]
+        twins = tuple(results_folder(self.config) / t / folder.relative_to(self.runs) for t in same_source)
+        return Stage(
+            folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size, twins=twins
+        )
 
     @functools.cache  # noqa: B019
     def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
@@ -656,6 +663,11 @@ class Experiment:
 
 def results_folder(config: Config) -> Path:
     return Path(config.out) / "heads" if config.head_only else Path(config.out)
+
+
+def source_of(task: str) -> str:
+    """Tasks of one source have the same samples, with and without evidence."""
+    return data.prepare.TASKS[task].source or task
 
 
 def joined(texts: Path, labels: Path) -> list[dict]:

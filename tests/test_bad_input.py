@@ -453,7 +453,9 @@ def test_a_step_that_explodes_after_the_last_loss_is_seen(good, capsys, monkeypa
     flags = [*defaults[TRAIN], "--lr", "1e38", "--epochs", "1"]
     assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr"))
     assert [f.name for f in (tmp / "out").iterdir()] == ["steps.jsonl"]
-    assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr"))  # such a folder may be used again
+    assert_told(
+        one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr")
+    )  # such a folder may be used again
 
 
 def test_triton_without_a_gpu(good, capsys, monkeypatch):

@@ -22,7 +22,7 @@ NASTY = {
     "entity": "&lt;b&gt; &#x3c;", "emoji": "\U0001f468\u200d\U0001f469",
 }  # fmt: skip
 METHODS = ("weak_floor", "strong_ceiling", "finetune", "ours", "naive_ensemble", "ensemble_3")
-LABELS = w2s.REFERENCE_RUNS | {n: m.label for n, m in w2s.METHODS.items()}
+LABELS = w2s.REFERENCE_RUNS | w2s.ZERO_SHOT | {n: m.label for n, m in w2s.METHODS.items()}
 SHOWN = {n: m.shown for n, m in w2s.METHODS.items()}
 
 
