@@ -22,10 +22,24 @@ from model import ModelSpec, device
 ROWS = {  # (train after the cap of 20,000, test) on the hub; facts and places from their tables
     "sciq": (11_679, 1_000), "boolq": (9_427, 3_270), "cosmos_qa": (20_000, 2_985), "anthropic_hh": (20_000, 8_552),
     "anthropic_hh_mixed": (20_000, 8_552), "facts": (2_200, 1_100), "places": (418, 220),
+    "sciq_evidence": (10_481, 884), "boolq_evidence": (9_427, 3_270), "cosmos_qa_evidence": (20_000, 2_985),
+    "facts_evidence": (2_200, 1_100),
 }  # fmt: skip
 TOKENS = {  # of a sample: mean, and at most (or --max-sample-tokens)
-    "sciq": (22, 100), "boolq": (146, 1024), "cosmos_qa": (102, 250), "anthropic_hh": (153, 1024),
-    "anthropic_hh_mixed": (153, 1024), "facts": (15, 30), "places": (15, 30),
+    "sciq": (22, 100),
+    "boolq": (146, 1024),
+    "cosmos_qa": (102, 250),
+    "anthropic_hh": (153, 1024),
+    "anthropic_hh_mixed": (153, 1024),
+    "facts": (15, 30),
+    "places": (15, 30),
+    "sciq_evidence": (22, 100),
+    "boolq_evidence": (14, 40),
+    "cosmos_qa_evidence": (30, 80),
+    "facts_evidence": (15, 30),
+}
+EVIDENCE = {  # tokens of the passage that debaters read, likewise
+    "sciq_evidence": (100, 900), "boolq_evidence": (132, 984), "cosmos_qa_evidence": (72, 170), "facts_evidence": (12, 30),
 }  # fmt: skip
 CHARACTERS = 4.3  # a token of English
 INTRODUCTION, INSTRUCTION, LABEL = 30, 25, 7  # tokens: before the sample, of a turn's instruction, of a speaker's name
@@ -232,6 +246,7 @@ class Plan:
         self.half = self.rows // 2
         mean, most = TOKENS.get(task, (100, 1024))
         self.text, self.longest = min(mean, config.max_sample_tokens), min(most, config.max_sample_tokens)
+        self.evidence, self.longest_evidence = EVIDENCE.get(task, (0, 0))
         self.said = config.max_new_tokens + LABEL  # a turn's tokens, at most
 
     def batch_size(self, tokens: int, seeds: int, turns: int, cache_tokens: int = 0) -> int:
@@ -255,15 +270,19 @@ class Plan:
         groups = sorted(Counter(turns.values()).items())  # (turns, debate seeds), generated together
         spoken = sum(n * k for n, k in groups)
         new = self.rows * spoken * c.max_new_tokens
-        read = self.rows * (len(groups) * (INTRODUCTION + self.text) + spoken * (INSTRUCTION + self.said))
+        read = self.rows * (
+            len(groups) * (INTRODUCTION + self.text + self.evidence) + spoken * (INSTRUCTION + self.said)
+        )
         weights, kv = self.e * (m.body + m.embeddings), 2 * m.blocks * m.K * self.e
         steps_seconds, lines, memory = 0.0, [], []
         for n, seeds in groups:
-            chunk = self.batch_size(self.text, seeds, n)
+            chunk = self.batch_size(self.text + self.evidence, seeds, n)
             chunks = math.ceil(self.half / chunk)
             steps = 2 * chunks * n * c.max_new_tokens
             rows = chunk * seeds
-            columns = INTRODUCTION + self.text + INSTRUCTION + (n - 1) / 2 * self.said + c.max_new_tokens / 2
+            columns = (
+                INTRODUCTION + self.text + self.evidence + INSTRUCTION + (n - 1) / 2 * self.said + c.max_new_tokens / 2
+            )
             a_step = weights + rows * columns * kv
             moved, computed = a_step / (g.gbps * 1e9 * SHARES["bandwidth"]), 2 * m.body * rows / self.flops("reading")
             seconds = max(moved, computed * self.gpus)
@@ -274,19 +293,29 @@ class Plan:
                 f"{SHARES['bandwidth']}), {rows} x 2 x {m.body / 1e9:.3g} G / ({g.tflops:.3g} T x {SHARES['reading']})) = "
                 f"{seconds * 1e3:.3g} ms / {self.gpus} GPUs = {steps * seconds / self.gpus / 3600:.3g} h"
             )
-            opening = INTRODUCTION + self.longest
+            opening = INTRODUCTION + self.longest + self.longest_evidence
             room = cache_columns(opening, INSTRUCTION, self.said, c.max_new_tokens, n)
             memory.append((n, seeds, room, opening))
         flops = 2 * m.body * read
         lines.insert(
             0,
-            f"read {self.rows} x ({len(groups)} x {INTRODUCTION + self.text} + {spoken} turns x {INSTRUCTION + self.said}) = "
+            f"read {self.rows} x ({len(groups)} x {INTRODUCTION + self.text + self.evidence} + {spoken} turns x {INSTRUCTION + self.said}) = "
             f"{read / 1e6:.4g} M tokens x 2 x {m.body / 1e9:.3g} G = {flops / 1e15:.4g} PFLOP / ({self.gpus} x {g.tflops:.3g} T x "
             f"{SHARES['reading']}) = {flops / self.flops('reading') / 3600:.3g} h",
         )
         hours = (flops / self.flops("reading") + steps_seconds) / 3600
         cost = {"samples": self.rows, "tokens": read + new, "flops": flops + 2 * m.body * new, "hours": hours}
         return cost | {"bytes": 5 * new + 200 * spoken * self.rows}, lines, memory
+
+    def zero_shot(self, run: str) -> tuple[dict, list[str]]:
+        """Cost and derivation of reading the other half and the test split once, without training, by one process."""
+        m = self.weak if run == "zero-shot-weak" else self.strong
+        length = INTRODUCTION + self.text + INSTRUCTION + (self.evidence if run == "zero-shot-evidence" else 0)
+        tokens = (self.half + self.tests) * length
+        flops = 2 * m.body * tokens
+        hours = flops / self.flops("reading", 1) / 3600
+        line = f"{self.half} + {self.tests} rows x {length} tokens x 2 x {m.body / 1e9:.3g} G = {flops / 1e15:.3g} PFLOP on one GPU"
+        return {"samples": self.half + self.tests, "tokens": tokens, "flops": flops, "hours": hours}, [line]
 
     def finetune(self, name: str, kept: bool, heads: bool) -> tuple[dict, list[str]]:
         """Cost and derivation of one run: train on a half, predict the other half and the test split."""
@@ -350,7 +379,7 @@ class Plan:
                 limit: int, engine=self.c.engine, turns=turns, seeds=seeds, columns=columns, opening=opening
             ) -> dict:
                 chunk, shares = (
-                    self.batch_size(self.longest, seeds, turns, limit),
+                    self.batch_size(self.longest + self.longest_evidence, seeds, turns, limit),
                     self.gpus if engine == "sharded" else 1,
                 )
                 fed = INSTRUCTION + self.said
@@ -359,7 +388,7 @@ class Plan:
                 return need | (asked if protocol == "market_making" else {})
 
             limit = self.c.cache_tokens
-            chunk = self.batch_size(self.longest, seeds, turns)
+            chunk = self.batch_size(self.longest + self.longest_evidence, seeds, turns)
             what = (
                 f"{self.task} {protocol}: {turns} turns, {chunk} samples x {seeds} seeds, room for {columns[0]} columns"
             )
@@ -402,6 +431,9 @@ def estimates(plans: list[tuple]) -> tuple[dict, dict, list[Need]]:
                 group = f"debates {run}"
                 cost, lines, memory = p.debates(stage.minimum)
                 found = p.debate_needs(run, memory)
+            elif run.startswith("zero-shot"):
+                group = "zero-shot"
+                cost, lines = p.zero_shot(run)
             elif kind == "predictions":
                 reader = re.findall(r"^weak-[a-z_]+|^strong|-t\d+", run)
                 group = " ".join(["heads" if heads else "finetune", *reader]).replace(" -", " ")

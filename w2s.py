@@ -326,6 +326,7 @@ class Experiment:
         inputs |= {f"{part} evidence": path for part in inputs if (path := self.evidence_file(part))}
         if protocol == "market_making":
             inputs["weak_floor"] = self.market_making_judge().folder / "model"
+            form += [code(Experiment.judge_text), code(judge_input), code(transcript_text), c.transcript]
 
         def make(out: Path) -> dict:
             cost: dict[str, int] = {}

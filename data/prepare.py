@@ -111,7 +111,10 @@ class Task:
 
 
 SCIQ_FIELDS = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
-PLACES = ("birth_country", "city_country", "food_country", "landmark_country", "us_place_state")
+PLACES = (
+    "birth_country", "city_country", "company_country", "country_capital", "country_continent", "country_currency",
+    "country_language", "food_country", "landmark_country", "word_language",
+)  # fmt: skip
 TASKS = {
     "sciq": Task(
         sciq,
@@ -175,6 +178,7 @@ TASKS["cosmos_qa_evidence"] = dataclasses.replace(
     TASKS["cosmos_qa"], source="cosmos_qa", evidence="context", formatter=cosmos_qa_question
 )
 TASKS["facts_evidence"] = dataclasses.replace(TASKS["facts"], source="facts", evidence="support")
+TASKS["places_evidence"] = dataclasses.replace(TASKS["places"], source="places", evidence="support")
 TRAIN_CAP, TEST_CAP = 20_000, 10_000  # OpenAI's: the first rows of the source, before any shuffle
 
 

@@ -25,6 +25,7 @@ LABELLED = {"naive": "floor", "read": "reader", "sides": "sides"}  # by whom a s
 DEBATES, WEAK = {"debate", "market_making"}, {"floor", "reader", "sides"}
 STRONG = {"ceiling", *(f"{who} student" for who in LABELLED)}
 TRAINED = WEAK | STRONG
+ZERO_SHOT = {"zero-shot-weak", "zero-shot-strong"}
 
 # Written by hand, from the paper's steps: what a field is read by, and what a kind of stage is made from.
 READ_BY = {
@@ -34,7 +35,7 @@ READ_BY = {
     "batch_size": (3, TRAINED),
     "ramp": ("linear", TRAINED),
     "checkpointing": (True, TRAINED),
-    "dtype": ("bfloat16", DEBATES | TRAINED),
+    "dtype": ("bfloat16", DEBATES | TRAINED | ZERO_SHOT),
     "micro_tokens": (99, TRAINED),
     "cache_tokens": (99, DEBATES),
     "weak_gpus": (1, set()),
@@ -43,12 +44,12 @@ READ_BY = {
     "temperature": (0.3, DEBATES),
     "top_p": (0.5, DEBATES),
     "max_new_tokens": (7, DEBATES),
-    "chat": (True, DEBATES),
+    "chat": (True, DEBATES | ZERO_SHOT),
     "limit_train": (10, {"data"}),
     "limit_test": (5, {"data"}),
     "max_sample_tokens": (99, {"data"}),
-    "weak": ("random-small:1", WEAK),  # a cut copy has the same tokenizer
-    "strong": ("random-large:1", DEBATES | STRONG),
+    "weak": ("random-small:1", WEAK | {"zero-shot-weak"}),  # a cut copy has the same tokenizer
+    "strong": ("random-large:1", DEBATES | STRONG | {"zero-shot-strong"}),
     "seeds": ((0, 2), set()),  # more stages, none stale
     "methods": ((*METHODS, "single", "finetune_pro"), set()),
     "head_lr": (0.5, set()),
@@ -61,6 +62,7 @@ MADE_FROM = {
     "reader": {"data", "debate", "market_making"},
     "sides": {"data"},
     "ceiling": {"data"},
+    **{who: {"data"} for who in ZERO_SHOT},
 }
 for who, member in LABELLED.items():
     MADE_FROM |= {f"{who} labels": {member}, f"{who} student": {"data", f"{who} labels"}}
@@ -68,6 +70,8 @@ for who, member in LABELLED.items():
 
 def kind_of(stage: Stage) -> str:
     name, folder = stage.folder.name, stage.folder.parent.name
+    if name in ZERO_SHOT:
+        return name
     if folder == "predictions":
         starts = {"weak-naive": "floor", "weak-no_argument": "sides", "weak": "reader", "strong-ceiling": "ceiling"}
         student = f"{who_labels(name.split('-')[1])} student"
