@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -259,26 +260,38 @@ def flag(default: object = dataclasses.MISSING, help: str = "", kind: type = str
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run under however many processes there are. Exit code 2 with one line on bad input, 1 on any other failure."""
+    """Run under however many processes there are. Exit code 2 with one line on bad input, 1 on any other failure.
+
+    Under several processes this one ends at once, with or without a failure: an interpreter that shuts down in the usual
+    way can wait for ever for a communicator whose other ranks are in a collective, and gloo's threads can abort it.
+    """
+    several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
     try:
         with distributed():
             main()
-        if world_size() > 1:  # gloo's threads live on and, rarely, abort an interpreter that is shutting down
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
     except InputError as e:
-        print0(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(
+            f"error: {e}", file=sys.stderr
+        )  # on every rank: it may be one's alone, and the first to end stops the others
+        code = 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # stdout was closed
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last finished batch", file=sys.stderr)
-        sys.exit(1)
+        code = 1
     except Exception as e:
+        code = 1
         of_the_run = isinstance(e, OSError | FloatingPointError | MemoryError)
-        if not of_the_run and type(e).__name__ not in ("OutOfMemoryError", "SafetensorError"):
-            raise  # of the code
-        notes = getattr(e, "__notes__", [])
-        print("error:", "; ".join([f"{e or type(e).__name__}".splitlines()[0], *notes]), file=sys.stderr)
-        sys.exit(1)
+        if of_the_run or type(e).__name__ in ("OutOfMemoryError", "SafetensorError"):
+            notes = getattr(e, "__notes__", [])
+            print("error:", "; ".join([f"{e or type(e).__name__}".splitlines()[0], *notes]), file=sys.stderr)
+        elif several:
+            traceback.print_exc()
+        else:
+            raise  # a fault of the code
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -453,7 +454,9 @@ def test_a_step_that_explodes_after_the_last_loss_is_seen(good, capsys, monkeypa
     flags = [*defaults[TRAIN], "--lr", "1e38", "--epochs", "1"]
     assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr"))
     assert [f.name for f in (tmp / "out").iterdir()] == ["steps.jsonl"]
-    assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr"))  # such a folder may be used again
+    assert_told(
+        one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr")
+    )  # such a folder may be used again
 
 
 def test_triton_without_a_gpu(good, capsys, monkeypatch):
@@ -581,3 +584,14 @@ def test_ids_of_a_file_name_no_path(good, capsys, monkeypatch):
     new = {p for p in tmp.parent.rglob("*")} - before
     assert new and all(p.is_relative_to(tmp / "out") for p in new)
     assert [r["id"] for r in common.read_jsonl(tmp / "out/debate/seed0.jsonl")] == names
+
+
+def test_packages_that_some_runs_need_are_not_needed_by_the_others():
+    """Nor are plots and reports: a machine that trains may lack them all."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("datasets", "gguf", "accelerate", "matplotlib", "jinja2", "vllm")))
+import bench.debates, bench.kernels, bench.steps, data.models, data.prepare, data.qwen, debate, heads, train
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
