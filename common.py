@@ -1,4 +1,4 @@
-"""What two or more of the scripts need: seeds, processes, JSON lines, flags."""
+"""Helpers that several scripts share: seeds, ranks, JSON lines, flags."""
 
 import argparse
 import contextlib
@@ -54,9 +54,9 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Join the processes that torchrun started, each with a GPU of its own where there are GPUs; leave them at the end.
+    """Initialise torch.distributed under torchrun, one GPU per rank where there are GPUs; destroy it at the end.
 
-    NCCL carries what is on GPUs, gloo the rest. One process alone does nothing here, and the functions below work in it too.
+    NCCL for tensors on GPUs, gloo for the rest. With one process this does nothing, and the functions below still work.
     """
     if world_size() == 1:
         yield
@@ -74,10 +74,10 @@ def distributed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_groups(size: int) -> Iterator[tuple[int, int]]:
-    """Cut the processes into groups of `size` (0: all in one), each for runs of its own; yields its number and their count.
+    """Split the ranks into groups of `size` (0: one group), which train different runs in parallel; yields index and count.
 
-    Within, `rank` and `world_size` are the group's, and so is all that speaks with other processes. At the end all wait
-    for all. Raises InputError where `size` does not divide the processes.
+    Inside, `rank`, `world_size` and the collectives below are the group's. All ranks wait for each other at the end.
+    Raises InputError where `size` does not divide the world size.
     """
     me, world = rank(), world_size()
     size = min(size, world) or world
@@ -174,7 +174,7 @@ def read_samples(path: Path, *fields: str) -> list[dict]:
             if field in ("id", "text") and not isinstance(value, str):
                 raise InputError(f"{path}: {field} {str(value)[:40]} of row {number} must be a string, in quotes")
         if row["id"] in seen:
-            raise InputError(f"{path}: id {row['id']!r} stands there twice; give every row an id of its own")
+            raise InputError(f"{path}: id {row['id']!r} is a duplicate; ids must be unique")
         seen.add(row["id"])
     if not rows:
         raise InputError(f"{path}: no rows")
@@ -189,7 +189,7 @@ def check_out(folder: str) -> Path:
     except OSError as e:
         raise InputError(f"--out {folder!r}: {e.strerror}") from None
     if not folder or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = f"{there} is {'not writable' if there.is_dir() else 'no folder'}" if folder else "no name"
+        why = f"{there} is {'not writable' if there.is_dir() else 'not a directory'}" if folder else "no name"
         raise InputError(f"--out {folder!r}: {why}; name a folder that can be written")
     return path
 

@@ -208,7 +208,7 @@ class Debater:
         self.tokenizer = load_tokenizer(spec)
         check_chat(spec, config.chat, self.tokenizer)
         ends = {self.tokenizer.eos_token_id}
-        if not config.chat:  # a pretrained model goes on for ever: one turn is one paragraph
+        if not config.chat:  # a base model rarely stops: a newline ends the turn
             ends |= {
                 i for t, i in self.tokenizer.get_vocab().items() if "\n" in self.tokenizer.convert_tokens_to_string([t])
             }
@@ -248,8 +248,8 @@ class Debater:
     ) -> list[list[int]]:
         """One turn for every row: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
 
-        Samples until an end token or the limit. A turn has at least one token: the end is barred at position 0. Rows
-        that ended leave the batch by halves.
+        Samples until an end token or the limit. A turn has at least one token: no end token at position 0. Finished
+        rows are dropped once they are half of the batch.
         """
         config, turn = self.config, session
         logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)
@@ -334,7 +334,9 @@ class VllmDebater(Debater):
         asked = [{"prompt_token_ids": c + p} for c, p in zip(session, prompts, strict=True)]
         outputs = self.model.generate(asked, [self.sampling(seed=stable_hash(*k)) for k in keys], use_tqdm=False)
         said = [list(o.outputs[0].token_ids) for o in outputs]
-        return [ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said]  # it keeps the end token
+        return [
+            ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said
+        ]  # vLLM returns the stop token
 
 
 ENGINES = {"replicated": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import InputError, process_group, rank, read_json, world_size, write_text
+from data.convert_qwen import FIRST_QWEN, converted_folder
 from data.models import BUILTIN, builtin_folder
-from data.qwen import FIRST_QWEN, converted_folder
 from kernels import resolve
 from kernels.head import head
 from stages import digest
@@ -85,7 +85,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"model {str(folder)!r}: {what} config.json there; name a Hugging Face model's folder")
     if config.get("model_type") == "qwen":
         raise InputError(
-            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.qwen {folder} OUT` converts it"
+            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.convert_qwen {folder} OUT` converts it"
         )
     shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {})
     names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
@@ -97,7 +97,7 @@ def check_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def loading(spec: ModelSpec) -> Iterator[None]:
-    """Whatever the libraries raise on a broken model becomes one line that names the model; a full memory stays one."""
+    """Turns what the libraries raise on a broken model into one line that names it; out-of-memory errors pass through."""
     try:
         yield
     except (InputError, MemoryError):
@@ -183,7 +183,7 @@ def resolve_dtype(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Where the samples of a packed batch lie: B sample lengths, their running sum, and each token's padded slot."""
+    """Layout of a packed batch: B sample lengths, their running sum, and each token's padded slot."""
 
     lengths: list[int]
     cu_seqlens: Tensor  # [B + 1] int32
