@@ -248,8 +248,8 @@ class Debater:
     ) -> list[list[int]]:
         """One turn for every row: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
 
-        Samples until an end token or the limit. A turn has at least one token: no end token at position 0. Finished
-        rows are dropped once they are half of the batch.
+        Samples until an end token or the limit. A turn has at least one token: the end is barred at position 0. Rows
+        that ended leave the batch by halves.
         """
         config, turn = self.config, session
         logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)

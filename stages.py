@@ -39,8 +39,8 @@ class Stage:
     The folder is done when its manifest.json, written last, holds the same config and the same digests of inputs (a
     file, a folder, or a function that computes the digest). It may contain more than `minimum`; when it has less, and
     nothing else differs, `make` continues what is there. Under several processes rank 0 makes it while the others
-    wait, unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` ranks
-    make it together, while other groups make other stages (0: all ranks).
+    wait, unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` is how many are to
+    make it together while others make its neighbours (0: all).
     """
 
     folder: Path
