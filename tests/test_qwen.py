@@ -1,4 +1,4 @@
-"""data/qwen.py: a first-generation Qwen with random weights, converted, against a float64 forward pass by definition."""
+"""data/convert_qwen.py: a first-generation Qwen with random weights, converted, against a float64 forward pass by definition."""
 
 import base64
 import json
