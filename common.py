@@ -1,4 +1,4 @@
-"""What two or more of the scripts need: seeds, processes, JSON lines, flags."""
+"""Helpers that several scripts share: seeds, ranks, JSON lines, flags."""
 
 import argparse
 import contextlib
@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -53,9 +54,9 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Join the processes that torchrun started, each with a GPU of its own where there are GPUs; leave them at the end.
+    """Initialise torch.distributed under torchrun, one GPU per rank where there are GPUs; destroy it at the end.
 
-    NCCL carries what is on GPUs, gloo the rest. One process alone does nothing here, and the functions below work in it too.
+    NCCL for tensors on GPUs, gloo for the rest. With one process this does nothing, and the functions below still work.
     """
     if world_size() == 1:
         yield
@@ -73,10 +74,10 @@ def distributed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_groups(size: int) -> Iterator[tuple[int, int]]:
-    """Cut the processes into groups of `size` (0: all in one), each for runs of its own; yields its number and their count.
+    """Split the ranks into groups of `size` (0: one group), which train different runs in parallel; yields index and count.
 
-    Within, `rank` and `world_size` are the group's, and so is all that speaks with other processes. At the end all wait
-    for all. Raises InputError where `size` does not divide the processes.
+    Inside, `rank`, `world_size` and the collectives below are the group's. All ranks wait for each other at the end.
+    Raises InputError where `size` does not divide the world size.
     """
     me, world = rank(), world_size()
     size = min(size, world) or world
@@ -173,7 +174,7 @@ def read_samples(path: Path, *fields: str) -> list[dict]:
             if field in ("id", "text") and not isinstance(value, str):
                 raise InputError(f"{path}: {field} {str(value)[:40]} of row {number} must be a string, in quotes")
         if row["id"] in seen:
-            raise InputError(f"{path}: id {row['id']!r} stands there twice; give every row an id of its own")
+            raise InputError(f"{path}: id {row['id']!r} is a duplicate; ids must be unique")
         seen.add(row["id"])
     if not rows:
         raise InputError(f"{path}: no rows")
@@ -188,7 +189,7 @@ def check_out(folder: str) -> Path:
     except OSError as e:
         raise InputError(f"--out {folder!r}: {e.strerror}") from None
     if not folder or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = f"{there} is {'not writable' if there.is_dir() else 'no folder'}" if folder else "no name"
+        why = f"{there} is {'not writable' if there.is_dir() else 'not a directory'}" if folder else "no name"
         raise InputError(f"--out {folder!r}: {why}; name a folder that can be written")
     return path
 
@@ -259,26 +260,38 @@ def flag(default: object = dataclasses.MISSING, help: str = "", kind: type = str
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run under however many processes there are. Exit code 2 with one line on bad input, 1 on any other failure."""
+    """Run under however many processes there are. Exit code 2 with one line on bad input, 1 on any other failure.
+
+    Under several processes this one ends at once, with or without a failure: an interpreter that shuts down in the usual
+    way can wait for ever for a communicator whose other ranks are in a collective, and gloo's threads can abort it.
+    """
+    several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
     try:
         with distributed():
             main()
-        if world_size() > 1:  # gloo's threads live on and, rarely, abort an interpreter that is shutting down
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
     except InputError as e:
-        print0(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        print(
+            f"error: {e}", file=sys.stderr
+        )  # on every rank: it may be one's alone, and the first to end stops the others
+        code = 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # stdout was closed
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last finished batch", file=sys.stderr)
-        sys.exit(1)
+        code = 1
     except Exception as e:
+        code = 1
         of_the_run = isinstance(e, OSError | FloatingPointError | MemoryError)
-        if not of_the_run and type(e).__name__ not in ("OutOfMemoryError", "SafetensorError"):
-            raise  # of the code
-        notes = getattr(e, "__notes__", [])
-        print("error:", "; ".join([f"{e or type(e).__name__}".splitlines()[0], *notes]), file=sys.stderr)
-        sys.exit(1)
+        if of_the_run or type(e).__name__ in ("OutOfMemoryError", "SafetensorError"):
+            notes = getattr(e, "__notes__", [])
+            print("error:", "; ".join([f"{e or type(e).__name__}".splitlines()[0], *notes]), file=sys.stderr)
+        elif several:
+            traceback.print_exc()
+        else:
+            raise  # a fault of the code
+    if several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)

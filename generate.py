@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common import InputError, flag, stable_hash, world_size
+from common import InputError, flag, process_group, stable_hash, world_size
 from model import ModelSpec, device, load_config, load_model, load_tokenizer, resolve_dtype
 
 
@@ -81,19 +81,29 @@ def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0)
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """torch's SDPA; on a CPU, for one new token a row, two products of which the query heads of one key head are the rows.
+    """torch's SDPA; for one new token per row the query heads of one key head are its rows, so that no key is copied.
 
     query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], true where a query may look -> [B, n, H, d].
     """
-    if query.is_cuda or query.shape[2] > 1:
+    if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    (B, H, _, d), (G, T) = query.shape, key.shape[1:3]
-    scores = torch.bmm(query.reshape(B * G, H // G, d), key.flatten(0, 1).mT).view(B, H, 1, T).float()
-    scores *= d**-0.5 if scaling is None else scaling
-    if attention_mask is not None:
-        scores.masked_fill_(~attention_mask, -torch.inf)
-    weights = scores.softmax(-1).to(value.dtype).view(B * G, H // G, T)
-    return torch.bmm(weights, value.flatten(0, 1)).view(B, 1, H, d), None
+    (B, H, _, d), G = query.shape, key.shape[1]
+    attend = F.scaled_dot_product_attention if query.is_cuda else two_products
+    out = attend(query.reshape(B, G, H // G, d), key, value, attention_mask, scale=scaling)
+    return out.reshape(B, 1, H, d), None
+
+
+def two_products(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """F.scaled_dot_product_attention for few queries on a CPU: [B, G, R, d], [B, G, T, d], mask [B, 1, 1, T] -> [B, G, R, d]."""
+    (B, G, R, d), T = query.shape, key.shape[2]
+    scores = torch.bmm(query.reshape(B * G, R, d), key.flatten(0, 1).mT).view(B, G, R, T).float()
+    scores *= d**-0.5 if scale is None else scale
+    if attn_mask is not None:
+        scores.masked_fill_(~attn_mask, -torch.inf)
+    weights = scores.softmax(-1).to(value.dtype).view(B * G, R, T)
+    return torch.bmm(weights, value.flatten(0, 1)).view(B, G, R, d)
 
 
 class GrowingKVLayer(DynamicLayer):
@@ -198,7 +208,7 @@ class Debater:
         self.tokenizer = load_tokenizer(spec)
         check_chat(spec, config.chat, self.tokenizer)
         ends = {self.tokenizer.eos_token_id}
-        if not config.chat:  # a pretrained model goes on for ever: one turn is one paragraph
+        if not config.chat:  # a base model rarely stops: a newline ends the turn
             ends |= {
                 i for t, i in self.tokenizer.get_vocab().items() if "\n" in self.tokenizer.convert_tokens_to_string([t])
             }
@@ -230,6 +240,9 @@ class Debater:
         session.forward([o[common:] for o in openings])
         return session.select(rows.repeat_interleave(copies))
 
+    def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
+        return sample(logits, keys, self.config.temperature, self.config.top_p)
+
     def decode_turn(
         self, session: Session, before: list, prompts: list[list[int]], keys: list[tuple]
     ) -> list[list[int]]:
@@ -250,7 +263,7 @@ class Debater:
         open_rows = set(rows)
         for position in range(config.max_new_tokens):
             noise = torch.tensor([stable_hash(*keys[r], position) for r in rows], device=logits.device)
-            token = sample(logits, noise, config.temperature, config.top_p)
+            token = self.sample(logits, noise)
             for r, t, end in zip(rows, token.tolist(), self.is_end[token].tolist(), strict=True):
                 if end:
                     open_rows.discard(r)
@@ -284,7 +297,7 @@ class Debater:
 class ShardedDebater(Debater):
     """One copy of the model over all processes, by transformers' tensor parallel plan: for a model that fits no single GPU.
 
-    All processes make the same batch and come to the same tokens; texts differ from the others' by rounding alone.
+    All processes make the same batch and take rank 0's tokens; texts differ from the others' by rounding alone.
     """
 
     def load(self) -> None:
@@ -296,6 +309,12 @@ class ShardedDebater(Debater):
                 f"--engine sharded: {world_size()} processes cannot share the {heads} key heads of {self.spec.name!r}"
             )
         super().load(transformers.distributed.DistributedConfig(tp_size=world_size(), tp_plan="auto"))
+
+    def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
+        """Rank 0's tokens on every rank: one bit that differs in the logits would end in caches that differ."""
+        token = super().sample(logits, keys)
+        torch.distributed.broadcast(token, group_src=0, group=process_group())
+        return token
 
 
 class VllmDebater(Debater):
@@ -336,7 +355,9 @@ class VllmDebater(Debater):
         asked = [{"prompt_token_ids": c + p} for c, p in zip(session, prompts, strict=True)]
         outputs = self.model.generate(asked, [self.sampling(seed=stable_hash(*k)) for k in keys], use_tqdm=False)
         said = [list(o.outputs[0].token_ids) for o in outputs]
-        return [ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said]  # it keeps the end token
+        return [
+            ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said
+        ]  # vLLM returns the stop token
 
 
 ENGINES = {"replicated": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}

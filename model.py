@@ -7,18 +7,20 @@ the last token of each sample reaches the head. Shapes: B batch, T tokens of the
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers  # its parts are imported when they are used: a plan needs none of them
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import InputError, process_group, rank, read_json, world_size, write_text
+from data.convert_qwen import FIRST_QWEN, converted_folder
 from data.models import BUILTIN, builtin_folder
-from data.qwen import FIRST_QWEN, converted_folder
 from kernels import resolve
 from kernels.head import head
 from stages import digest
@@ -83,7 +85,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"model {str(folder)!r}: {what} config.json there; name a Hugging Face model's folder")
     if config.get("model_type") == "qwen":
         raise InputError(
-            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.qwen {folder} OUT` converts it"
+            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.convert_qwen {folder} OUT` converts it"
         )
     shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {})
     names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
@@ -95,7 +97,7 @@ def check_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def loading(spec: ModelSpec) -> Iterator[None]:
-    """Whatever the libraries raise on a broken model becomes one line that names the model; a full memory stays one."""
+    """Turns what the libraries raise on a broken model into one line that names it; out-of-memory errors pass through."""
     try:
         yield
     except (InputError, MemoryError):
@@ -148,15 +150,15 @@ def load_tokenizer(spec: ModelSpec):
 def load_model(spec: ModelSpec, auto_class, dtype, attn_implementation: str = "sdpa", parallel=None, **changes):
     """`auto_class.from_pretrained` from safetensors only, never remote code, cut to the asked number of blocks.
 
-    `parallel`: a transformers DistributedConfig that spreads it over the processes.
-
-    Raises InputError where the file lacks a weight (but a new head, `score`), which would be left random.
+    `dtype`: a torch.dtype, or "auto" for the model's own. `parallel`: a transformers DistributedConfig that spreads it over
+    the processes. Raises InputError where the file lacks a weight (but a new head, `score`), which would be left random.
     """
     config = load_config(spec, **changes)
+    more = {"distributed_config": parallel} if parallel else {}
     with loading(spec):
         model, found = auto_class.from_pretrained(
             **spec.source(), config=config, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True, distributed_config=parallel,
+            trust_remote_code=False, output_loading_info=True, **more,
         )  # fmt: skip
     if lacking := sorted(name for name in found["missing_keys"] if not name.startswith("score.")):
         raise InputError(f"model {spec.name!r}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
@@ -181,7 +183,7 @@ def resolve_dtype(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Where the samples of a packed batch lie: B sample lengths, their running sum, and each token's padded slot."""
+    """Layout of a packed batch: B sample lengths, their running sum, and each token's padded slot."""
 
     lengths: list[int]
     cu_seqlens: Tensor  # [B + 1] int32
@@ -203,16 +205,26 @@ def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, P
     return to_device(ids[None], dev), to_device(positions[None], dev), where
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **_):
-    """Causal attention inside each sample of a packed batch: query [1, H, T, d], key, value [1, H_kv, T, d] -> [1, T, H, d]."""
+def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **options):
+    """Causal attention inside each sample of a packed batch: query [1, H, T, d], key, value [1, H_kv, T, d] -> [1, T, H, d].
+
+    Raises InputError where the model asks for what is not computed here: a window shorter than a sample, capped scores, sinks.
+    """
     B, L = len(pack.lengths), pack.longest
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    window = options.get("sliding_window")
+    if options.get("softcap") or options.get("s_aux") is not None or (window and window < L):
+        raise InputError(
+            f"{type(module).__name__}: its attention has sinks, capped scores or a window of {window} tokens (the longest "
+            f"sample has {L}), which finetuning does not compute; choose another model, or a lower --max-tokens"
+        )
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0:
         from torch.nn.attention.varlen import varlen_attn
 
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11: the kernel does, unasked
         out = varlen_attn(
-            q, k, v, pack.cu_seqlens, pack.cu_seqlens, L, L,
-            scale=scaling, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+            *(x[0].transpose(0, 1) for x in (query, key, value)), pack.cu_seqlens, pack.cu_seqlens, L, L,
+            scale=scaling, window_size=(-1, 0), **({"enable_gqa": grouped} if takes_gqa else {}),
         )  # fmt: skip
         return out[None], None
 
@@ -220,11 +232,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         H, d = x.shape[1], x.shape[3]
         return x.new_zeros(B * L, H, d).index_copy(0, pack.slots, x[0].transpose(0, 1)).view(B, L, H, d).transpose(1, 2)
 
-    with sdpa_kernel(SDPBackend.MATH):  # on short samples several times faster than the CPU's flash backward
+    backends = [SDPBackend.MATH]  # on a CPU and short samples several times faster than the flash backward
+    if query.is_cuda:  # stores no scores; takes no grouped heads
+        backends, groups = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], query.shape[1] // key.shape[1]
+        key, value, grouped = (*(x.repeat_interleave(groups, 1) for x in (key, value)), False)
+    with sdpa_kernel(backends):
         out = F.scaled_dot_product_attention(
-            padded(query), padded(key), padded(value), is_causal=True, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+            padded(query), padded(key), padded(value), is_causal=True, scale=scaling, enable_gqa=grouped
+        )
     return out.transpose(1, 2).reshape(B * L, *out.shape[1::2])[pack.slots][None], None
 
 
@@ -238,8 +253,8 @@ class Classifier:
         self.tokenizer = load_tokenizer(spec)
         eager = torch.compiler.disable(packed_attention)  # lengths differ: every batch would compile a graph of its own
         transformers.AttentionInterface.register("packed", eager)
-        auto_class = transformers.AutoModelForSequenceClassification
-        self.model = load_model(spec, auto_class, torch.float32, num_labels=n_classes, attn_implementation="packed")
+        self.spec, self.dtype, self.n_classes = spec, dtype, n_classes
+        self.model = self.load()
         if not hasattr(self.model, "score"):
             raise InputError(f"model {spec.name!r}: a {self.model.config.model_type} is no decoder-only language model")
         for name in vars(self.model.config):
@@ -251,30 +266,43 @@ class Classifier:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         n_blocks = self.model.config.num_hidden_layers
         self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
-        self.spec, self.dtype = spec, dtype
+        self.rounds = not self.sharded and dtype not in (self.model.dtype, torch.float32)
         if self.sharded:
             self.shard()
-        self.pretrained = [local_shard(p).to("cpu", copy=True) for p in self.model.base_model.parameters()]
-        if not self.sharded:
+        else:
             self.model.to(dtype=dtype)
-            self.model.score.float()
+        self.model.score.float()
         self.model.to(device())
 
+    def load(self):
+        """The model on the CPU, in the dtype that its files have: a rank needs no float32 copy of the whole."""
+        auto_class = transformers.AutoModelForSequenceClassification
+        return load_model(self.spec, auto_class, "auto", num_labels=self.n_classes, attn_implementation="packed")
+
+    @functools.cached_property
+    def pretrained(self) -> list[Tensor]:
+        """Weights of the base model before any training (this rank's shards), on the CPU. Made by the first run: a model
+        that only predicts keeps none. Loaded again where the model's dtype holds them rounded."""
+        model = self.load() if self.rounds else self.model
+        return [local_shard(p).to("cpu", copy=True) for p in model.base_model.parameters()]
+
     def shard(self) -> None:
-        """Spread float32 weights, gradients and moments over the ranks of the group (FSDP2); a block is whole while it computes."""
+        """Spread float32 weights, gradients and moments over the ranks of the group (FSDP2); a block is whole while it
+        computes. Blocks become float32 one after the other."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = DeviceMesh.from_group(process_group() or torch.distributed.group.WORLD, device().type)
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module.to(device(), torch.float32), mesh=mesh, mp_policy=policy)
 
     def reset(self, config) -> None:
         """Ready for a run with this TrainConfig: pretrained weights, head as at the start, no moments."""
-        if config.checkpointing != self.model.is_activation_checkpointing:
-            toggle = "enable" if config.checkpointing else "disable"
-            getattr(self.model, f"activation_checkpointing_{toggle}")()
+        toggle = f"activation_checkpointing_{'enable' if config.checkpointing else 'disable'}"
+        if not hasattr(self.model, toggle):  # transformers 5.17
+            toggle = toggle.replace("activation", "gradient")
+        getattr(self.model, toggle)()
         self.model.train(config.checkpointing)  # transformers checkpoints in training mode only; dropout is zero anyway
         for block in self.blocks:
             if config.compile and not block._compiled_call_impl:
@@ -315,15 +343,21 @@ class Classifier:
 class MasterAdam:
     """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32.
 
-    Of a sharded parameter it sees this rank's shard. Its buffers serve run after run: `reset` begins a new one.
+    Of a sharded parameter it sees this rank's shard. Its buffers serve run after run: `reset` begins a new one. Lists of
+    tensors are handled at once: few launches, however many parameters.
     """
 
     def __init__(self, params: list[Tensor]):
-        self.params, self.masters = params, [local_shard(p).float() for p in params]
+        self.masters = [local_shard(p).float() for p in params]
         for p, m in zip(params, self.masters, strict=True):
-            p.grad = torch.zeros_like(p)  # kept and zeroed in place: a step allocates nothing
-            m.grad = local_shard(p.grad) if p.dtype == torch.float32 else torch.empty_like(m)
-        self.rounded = [(p, m) for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
+            if p.dtype == torch.float32:  # the master is the parameter itself, and so are their gradients
+                p.grad = torch.zeros_like(p)
+                m.grad = local_shard(p.grad)
+            else:
+                m.grad = torch.empty_like(m)
+        self.summed = [m.grad for p, m in zip(params, self.masters, strict=True) if p.dtype == torch.float32]
+        self.rounded = [p for p in params if p.dtype != torch.float32]
+        self.masters_of_rounded = [m for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
         self.adam = torch.optim.Adam(self.masters, fused=True)
 
     @torch.no_grad()
@@ -331,29 +365,36 @@ class MasterAdam:
         """Masters from `starts`, moments and gradients zero."""
         for m, start in zip(self.masters, starts, strict=True):
             m.copy_(start)
-        for p, m in self.rounded:
-            p.copy_(m)
+        self.round()
         self.zero_gradients()
         for state in self.adam.state.values():
             for moment in state.values():
                 moment.zero_()
 
+    @torch.no_grad()
     def accumulate_grads(self, first: bool) -> None:
-        """Move the parameters' gradients to the masters, in place of (first) or on top of what is there."""
-        for p, m in self.rounded:
-            m.grad.copy_(p.grad) if first else m.grad.add_(p.grad)
-            p.grad.zero_()  # the next micro-batch starts from zero
+        """Move the gradients of rounded parameters to their masters, in place of (first) or on top of what is there."""
+        if self.rounded:
+            sums, new = [m.grad for m in self.masters_of_rounded], [p.grad for p in self.rounded]
+            torch._foreach_copy_(sums, new) if first else torch._foreach_add_(sums, new)
+        for p in self.rounded:
+            p.grad = None  # the next backward hands over its own tensor
 
     def zero_gradients(self) -> None:
-        for p in self.params:
-            local_shard(p.grad).zero_()
+        if self.summed:
+            torch._foreach_zero_(self.summed)
+        for p in self.rounded:
+            p.grad = None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        if self.rounded:
+            torch._foreach_copy_(self.rounded, self.masters_of_rounded)
 
     def step(self, lr: float) -> None:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
-        with torch.no_grad():
-            for p, m in self.rounded:
-                p.copy_(m)
+        self.round()
         self.zero_gradients()
 
 
@@ -368,16 +409,21 @@ def to_device(x: Tensor, dev: torch.device) -> Tensor:
     return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
 
 
-def save_model(classifier: Classifier, folder: Path, config, trained_on: str) -> None:
-    """An ordinary Hugging Face folder with a model card, loadable by AutoModelForSequenceClassification; by rank 0."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(classifier.model, options=whole) if classifier.sharded else None
-    if rank() == 0:
-        classifier.model.save_pretrained(folder, state_dict=weights)
+def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) -> None:
+    """An ordinary Hugging Face folder with a model card, loadable by AutoModelForSequenceClassification; by rank 0 of the group."""
+    weights = {}
+    for name, x in classifier.model.state_dict().items():
+        whole = x.full_tensor() if hasattr(x, "full_tensor") else x  # the shards of all ranks, one weight at a time
+        if rank() == 0:
+            weights[name] = whole.to("cpu", copy=True)  # not the view of a padded buffer that it may be
+    if rank() == 0:  # not by the model's save_pretrained, which writes on global rank 0 alone
+        config = classifier.model.config
+        config.architectures = [type(classifier.model).__name__]
+        config.dtype = weights["score.weight"].dtype  # float32: loaded so, the head is not rounded
+        config.save_pretrained(folder)
+        save_torch_state_dict(weights, folder)
         classifier.tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", model_card(classifier.spec, config, trained_on))
+        write_text(folder / "README.md", model_card(classifier.spec, settings, trained_on))
 
 
 def model_card(spec: ModelSpec, config, trained_on: str) -> str:

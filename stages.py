@@ -20,7 +20,7 @@ _digests: dict[tuple, str] = {}
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder by name; cached by size and time of change."""
+    """SHA-256 of a file, or of all files of a folder by name; cached by size and mtime."""
     path = Path(path)
     if path.is_dir():
         parts = [(p.relative_to(path).as_posix(), digest(p)) for p in sorted(path.rglob("*")) if p.is_file()]
@@ -38,7 +38,7 @@ class Stage:
     """One resumable step: `make(folder)` writes files into `folder` and returns what it cost (tokens, counts).
 
     The folder is done when its manifest.json, written last, holds the same config and the same digests of inputs (a
-    file, a folder, or a function that computes the digest). Of `minimum` it may hold more; when it holds less, and
+    file, a folder, or a function that computes the digest). It may contain more than `minimum`; when it has less, and
     nothing else differs, `make` continues what is there. Under several processes rank 0 makes it while the others
     wait, unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` is how many are to
     make it together while others make its neighbours (0: all). `twins` are folders of other tasks: where one holds the
@@ -129,7 +129,7 @@ class Stage:
         return False
 
     def conflict(self) -> str:
-        """Why the files in the folder are not this stage's, finished or begun; empty where they are, or there are none."""
+        """The reason why the folder cannot be reused, or "": it is empty, or holds this stage finished or unfinished."""
         difference = self.difference()
         files = {p.name for p in self.folder.iterdir() if is_output(p)} if self.folder.exists() else set()
         begun = read_json(self.folder / "started.json") == self.wanted()
@@ -197,7 +197,7 @@ def git_commit() -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this run. Raises InputError where another run holds it; what a dead one held is free.
+    """Lock `folder` for this run. Raises InputError where another run holds it; locks of dead processes are released.
 
     A lock of the kernel: on a network file system it holds among nodes only where that carries locks.
     """

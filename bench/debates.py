@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import data.prepare
 from common import InputError, flag, parse_dataclass, read_jsonl, run_script, write_text
@@ -93,6 +93,7 @@ def in_batches(model: torch.nn.Module, size: int) -> Engine:
 
 def continuous(model: torch.nn.Module, requests: int) -> Engine:
     """transformers' continuous batching, at most `requests` at once, with a cache that holds them all."""
+    from transformers import ContinuousBatchingConfig
 
     def engine(prompts: list[list[int]]) -> list[list[int]]:
         config = None  # on a GPU it sizes itself

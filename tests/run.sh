@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every test that this machine can run: lint, pytest, and the smoke preset twice, the second time recomputing nothing.
 set -euo pipefail
+also=tests/requirements.txt
 . "$(dirname "$0")/../setup.sh"
 ruff check .
 ruff format --check .

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,7 +95,7 @@ FLAGS = [  # script, flags behind good ones, what the line must name
     (DEBATE, ["--show", "-1"], ("--show -1",)),
     (DEBATE, ["--samples", "{tmp}"], ("--samples", "no such file")),
     (DEBATE, ["--out", ""], ("--out ''",)),
-    (DEBATE, ["--out", "{tmp}/good.jsonl/x"], ("good.jsonl", "no folder")),
+    (DEBATE, ["--out", "{tmp}/good.jsonl/x"], ("good.jsonl", "not a directory")),
     (DEBATE, ["--choices", "{tmp}/good.jsonl"], ("--choices", "no other does")),
     (DEBATE, ["--strong", "nowhere"], ("nowhere", "random-small")),
     (TRAIN, ["--loss", "brier"], ("brier", "logconf")),
@@ -108,12 +109,12 @@ FLAGS = [  # script, flags behind good ones, what the line must name
     (TRAIN, ["--aux-warmup", "steep"], ("--aux-warmup", "linear")),
     (TRAIN, ["--out", "{tmp}"], ("--out", "does not exist yet")),
     (TRAIN, ["--out", ""], ("--out ''",)),
-    (TRAIN, ["--out", "{tmp}/good.jsonl/run"], ("good.jsonl", "no folder")),
+    (TRAIN, ["--out", "{tmp}/good.jsonl/run"], ("good.jsonl", "not a directory")),
     (TRAIN, ["--out", "{tmp}/" + 300 * "x"], ("--out", "too long")),
     (TRAIN, ["--test", "{tmp}"], ("--test", "no such file")),
     (PREPARE, ["--task", "chess"], ("chess", "sciq")),
     (PREPARE, ["--limit-train", "-1"], ("--limit-train -1",)),
-    (PREPARE, ["--out", "{tmp}/good.jsonl/x"], ("good.jsonl", "no folder")),
+    (PREPARE, ["--out", "{tmp}/good.jsonl/x"], ("good.jsonl", "not a directory")),
     (PREPARE, [], ("allenai/sciq", "--data-dir")),  # no network
 ]
 
@@ -182,7 +183,7 @@ FILES = {  # content, what is told of it
     "id NaN": (rows({"id": float("nan")}), ("id nan of row 8", "string")),
     "id number": (rows({"id": 7}), ("id 7 of row 8", "string")),
     "id list": (rows({"id": ["s7"]}), ("id ['s7'] of row 8", "string")),
-    "id twice": (rows({"id": "s0"}), ("id 's0' stands there twice",)),
+    "id twice": (rows({"id": "s0"}), ("id 's0' is a duplicate",)),
     "text number": (rows({"text": 5}), ("text 5 of row 8", "string")),
     "text empty": (rows({"text": ""}), ("lacks 'text' (row 8)",)),
 }
@@ -583,3 +584,14 @@ def test_ids_of_a_file_name_no_path(good, capsys, monkeypatch):
     new = {p for p in tmp.parent.rglob("*")} - before
     assert new and all(p.is_relative_to(tmp / "out") for p in new)
     assert [r["id"] for r in common.read_jsonl(tmp / "out/debate/seed0.jsonl")] == names
+
+
+def test_packages_that_some_runs_need_are_not_needed_by_the_others():
+    """Nor are plots and reports: a machine that trains may lack them all."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("datasets", "gguf", "accelerate", "matplotlib", "jinja2", "vllm")))
+import bench.debates, bench.kernels, bench.steps, data.models, data.prepare, data.convert_qwen, debate, heads, train
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

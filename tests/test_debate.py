@@ -337,6 +337,23 @@ def test_a_turn_may_outgrow_the_buffer_of_its_prompt(debater, samples, monkeypat
     assert got["n_tokens"] == [100, 100] and got == naive_transcript(debater, samples[0], "debate", 0, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_new_token_is_sdpa_with_repeated_keys(dtype):
+    """Both ways: two products, as on a CPU, and SDPA with the query heads of a key head as its rows, as on a GPU."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, h, n, 8, generator=g).to(dtype) for h, n in ((6, 1), (2, 20), (2, 20)))
+    mask = torch.arange(20)[None, None, None] < torch.tensor([20, 7, 1])[:, None, None, None]
+    heads = [x.repeat_interleave(3, 1) for x in (k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(q, *heads, mask, scale=0.3).transpose(1, 2)
+    got = generate.grouped_attention(None, q, k, v, mask, scaling=0.3)[0]
+    packed = q.view(3, 2, 3, 8), k, v, mask
+    on_gpu = torch.nn.functional.scaled_dot_product_attention(*packed, scale=0.3).reshape(3, 1, 6, 8)
+    tolerance = dict(atol=1e-6, rtol=1e-5) if dtype == torch.float32 else dict(atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(got, want, **tolerance)
+    torch.testing.assert_close(on_gpu, want, **tolerance)
+    torch.testing.assert_close(generate.two_products(*packed, scale=0.3).reshape(3, 1, 6, 8), got)
+
+
 class RecordingSession(generate.Session):
     """A session that knows its tokens; `prompts` collects all rows whenever lists of tokens were fed."""
 

@@ -20,14 +20,17 @@ from torch.testing import assert_close
 import train
 from common import in_groups, rank, read_jsonl, run_script
 from kernels import conf_loss
-from model import Classifier, ModelSpec
+from model import Classifier, ModelSpec, save_model
 from train import TrainConfig
 
 TEXTS = [f"Q: {'why ' * (i % 7)}{i * 37 % 101} A: {i}" for i in range(21)]
 
 
-def finetuned(folder: str) -> dict:
-    """Losses, hardened labels and predictions of a run with each loss; the last batch has fewer samples than ranks."""
+def finetuned(folder: str, keep: str = "") -> dict:
+    """Losses, hardened labels and predictions of a run with each loss; the last batch has fewer samples than ranks.
+
+    The last model is saved in the folder `keep`.
+    """
     classifier = Classifier(ModelSpec(folder), 2, torch.float32, sharded=True)
     labels = torch.tensor([[i * 29 % 31 / 31, 1 - i * 29 % 31 / 31] for i in range(len(TEXTS))])
     out, harden = {}, conf_loss.hardened_to_0
@@ -46,6 +49,8 @@ def finetuned(folder: str) -> dict:
         out[loss] = {"losses": [r["loss"] for r in log], "hardened": hardened, "probs": probs.tolist()}
     log = train.finetune(classifier, TEXTS, labels, config)["log"]  # the last run again, after a prediction
     out["again"] = [[r["loss"] for r in log], train.predict(classifier, TEXTS, config).tolist()]
+    if keep:
+        save_model(classifier, Path(keep), config, "these texts")
     return out
 
 
@@ -165,6 +170,34 @@ def test_four_processes_in_groups_of_two_train_two_models_at_once(tiny_model, al
             wanted = alone[loss]
             assert got[loss]["hardened"] == wanted["hardened"]
             assert_close(torch.tensor(got[loss]["probs"]), torch.tensor(wanted["probs"]), atol=1e-5, rtol=0)
+        saved = Classifier(ModelSpec(f"{tmp_path}/out.json{group}.model"), 2, torch.float32)  # each group's, whole
+        probs = train.predict(saved, TEXTS, TrainConfig())
+        assert_close(probs, torch.tensor(got["again"][1]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("failure", ["InputError", "OSError", "KeyError"])
+def test_a_rank_that_fails_ends_though_its_shutdown_would_hang(failure, tmp_path):
+    """As with NCCL, whose communicator waits for ranks that are in a collective. torchrun then stops the others."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import atexit, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from common import InputError, barrier, rank, run_script\n"
+        "def main():\n"
+        "    if rank() == 0:\n"
+        "        atexit.register(time.sleep, 1000)\n"
+        f"        raise {failure}('this one')\n"
+        "    barrier()\n"
+        "run_script(main)\n"
+    )
+    run = torchrun(script, ranks=2)
+    try:
+        told = run.communicate(timeout=60)[0]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 1 and "this one" in told
+    assert f"exitcode  : {2 if failure == 'InputError' else 1} " in told
 
 
 def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
@@ -176,9 +209,10 @@ def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
 
 def main() -> None:
     with in_groups(int(sys.argv[3]) if len(sys.argv) > 3 else 0) as (mine, groups):
-        result = finetuned(sys.argv[1])
+        name = sys.argv[2] + (str(mine) if groups > 1 else "")
+        result = finetuned(sys.argv[1], f"{name}.model")
         if rank() == 0:
-            Path(sys.argv[2] + (str(mine) if groups > 1 else "")).write_text(json.dumps(result))
+            Path(name).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

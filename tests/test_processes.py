@@ -22,7 +22,7 @@ import common
 import debate
 from common import read_jsonl, write_jsonl
 from debate import make_transcripts
-from generate import DebateConfig, Debater
+from generate import DebateConfig, Debater, ShardedDebater
 from model import ModelSpec
 from stages import Stage
 
@@ -157,6 +157,20 @@ def test_killed_five_times_the_transcripts_are_the_same_and_nothing_finished_is_
     chunks = [" ".join(s["id"] for s in c) for c in debate.chunks(samples, lambda _: CHUNK)]
     assert set(begun) == set(chunks)  # the batches are always the same
     assert len(chunks) <= len(begun) <= len(chunks) + lost_at_most
+
+
+def sampled(folder) -> None:
+    debater = ShardedDebater.__new__(ShardedDebater)  # without a model
+    debater.config = DebateConfig(temperature=0.7)
+    logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(common.rank()))
+    token = debater.sample(logits, torch.arange(64))
+    (folder / f"{common.rank()}.json").write_text(json.dumps(token.tolist()))
+
+
+def test_ranks_that_share_a_model_take_the_same_tokens_though_their_logits_differ(tmp_path):
+    finish(start(2, sampled, tmp_path))
+    first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
+    assert first == second and len(set(first)) > 10
 
 
 @pytest.mark.parametrize("engine", ["replicated", "sharded"])

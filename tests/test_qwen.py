@@ -1,4 +1,4 @@
-"""data/qwen.py: a first-generation Qwen with random weights, converted, against a float64 forward pass by definition."""
+"""data/convert_qwen.py: a first-generation Qwen with random weights, converted, against a float64 forward pass by definition."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from common import InputError
-from data import qwen
+from data import convert_qwen as qwen
 from model import ModelSpec, load_tokenizer
 
 CONFIG = dict(
@@ -181,5 +181,5 @@ def test_a_wrong_checkpoint_is_refused_by_name(how, told, source, tmp_path):
 
 
 def test_an_unconverted_folder_is_not_loaded(source):
-    with pytest.raises(InputError, match="python -m data.qwen"):
+    with pytest.raises(InputError, match="python -m data.convert_qwen"):
         load_tokenizer(ModelSpec(str(source)))

@@ -129,7 +129,7 @@ def ended(capsys, *arguments) -> tuple[int, list[str]]:
 
 
 def test_a_folder_that_another_run_holds_is_refused_and_a_dead_ones_is_taken(tmp_path, capsys):
-    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common import *\nwith locked(Path({str(tmp_path)!r})): print('held', flush=True); input()"
+    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom stages import *\nwith locked(Path({str(tmp_path)!r})): print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     code, told = ended(capsys, "run", *FLAGS, "--out", tmp_path)

@@ -1,5 +1,6 @@
 """train.py: losses against a literal float64 reading, the packed forward against plain ones, and whole runs."""
 
+import gc
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
@@ -17,7 +19,7 @@ import heads
 import train
 from common import InputError, read_jsonl, write_jsonl
 from kernels import conf_loss
-from model import Classifier, MasterAdam, ModelSpec, load_model, save_model
+from model import Classifier, MasterAdam, ModelSpec, load_model, pack, packed_attention, save_model
 from train import TrainConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
@@ -306,6 +308,36 @@ def test_the_head_starts_at_zero_and_has_no_bias(family, tiny_model):
     assert classifier.logits([[1, 2], [3]]).tolist() == [[0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_attention_that_is_not_computed_is_refused_not_left_out(family, tmp_path, tiny_model):
+    import transformers as t
+
+    sizes = dict(vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=4, bos_token_id=None, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    config = {"mistral": t.MistralConfig, "gemma2": t.Gemma2Config}[family](**sizes, sliding_window=12)
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path)
+    classifier = Classifier(ModelSpec(str(tmp_path)), 2, torch.float32)
+    with pytest.raises(InputError, match="window of 12 tokens"):
+        train.predict(classifier, ["as long as this is"], TrainConfig())
+    if family == "mistral":  # a window that no sample reaches over changes nothing
+        assert train.predict(classifier, ["short"], TrainConfig()).shape == (1, 2)
+    else:
+        with pytest.raises(InputError, match="capped scores"):
+            train.predict(classifier, ["short"], TrainConfig())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_float32_attention_on_a_gpu_stores_no_scores():
+    n, heads = 4096, 8
+    q, k, v = (torch.randn(1, h, n, 16, device="cuda", requires_grad=True) for h in (heads, 2, 2))
+    _, _, where = pack([[1] * n], q.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    packed_attention(None, q, k, v, None, pack=where)[0].sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * heads * n * n / 4
+
+
 # ---- the loop ----
 
 
@@ -386,15 +418,70 @@ def test_bfloat16_weights_follow_float32_masters():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     adam = MasterAdam([p])
     for _ in range(100):  # each step is far below bfloat16's spacing of 1/256 under 1
-        p.grad.fill_(1.0)
+        p.grad = torch.ones_like(p)
         adam.accumulate_grads(first=True)
         adam.step(1e-4)
     assert_close(p.float(), torch.full((4,), 0.99), atol=1 / 512, rtol=0)
-    p.grad.fill_(1.0)
+    p.grad = torch.ones_like(p)
     adam.accumulate_grads(first=True)
-    p.grad.fill_(2.0**-12)
+    p.grad = torch.full_like(p, 2.0**-12)
     adam.accumulate_grads(first=False)
     assert adam.masters[0].grad.tolist() == [1 + 2.0**-12] * 4  # a sum that bfloat16 would round away
+
+
+class Counted(TorchDispatchMode):
+    """How many operations torch was asked for: each is at least one launch on a GPU."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += "detach" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_optimizer_asks_for_as_many_operations_for_many_weights_as_for_few(dtype):
+    counts = []
+    for n_weights in (2, 200):
+        params = [torch.nn.Parameter(torch.ones(4, dtype=dtype)) for _ in range(n_weights)]
+        adam = MasterAdam(params)
+        for _ in range(2):  # the first step makes the moments
+            for p in params:
+                p.grad = torch.ones_like(p) if dtype == torch.bfloat16 else p.grad
+            with Counted() as counted:
+                adam.accumulate_grads(first=True)
+                adam.step(1e-4)
+        counts.append(counted.n)
+    assert counts[0] == counts[1] < 10
+
+
+def tensor_bytes() -> int:
+    gc.collect()
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if is_tensor(x)}
+    return sum(storages.values())
+
+
+def is_tensor(x) -> bool:
+    return issubclass(type(x), torch.Tensor)
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_a_model_that_only_predicts_is_held_once_and_one_that_trains_starts_from_what_its_files_hold(
+    own, tiny_model, tmp_path, samples
+):
+    """`own`: dtype of the files. In bfloat16 the masters begin with the float32 weights, not with rounded ones."""
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).to(own)
+    whole.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path)
+    want = [p.float().clone() for p in whole.base_model.parameters()]
+    n = sum(p.numel() for p in want)
+    del whole
+    before = tensor_bytes()
+    classifier = Classifier(ModelSpec(str(tmp_path)), 2, torch.bfloat16)
+    train.predict(classifier, [s["text"] for s in samples], TrainConfig())
+    assert 2 * n <= tensor_bytes() - before < 2.5 * 2 * n  # weights, rotary tables
+    classifier.reset(TrainConfig())
+    assert [torch.equal(a, b) for a, b in zip(classifier.optimizer.masters, want, strict=False)] == [True] * len(want)
 
 
 def test_steps_are_in_the_file_while_training_goes_on(classifier, samples, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """First-generation Qwen (Qwen-7B, Qwen-14B) as Qwen2 folders: their own repositories ask for remote code, which is never run.
 
-    python -m data.qwen SOURCE OUT        SOURCE: Qwen/Qwen-7B, Qwen/Qwen-14B, or a folder as they have it
+    python -m data.convert_qwen SOURCE OUT        SOURCE: Qwen/Qwen-7B, Qwen/Qwen-14B, or a folder as they have it
 
 The architecture is Qwen2's under other names: one fused matrix with bias for queries, keys and values, an MLP that computes
 c_proj(w1(x) * silu(w2(x))) at half of `intermediate_size`, RMSNorm, rotary positions in halves. Logarithmic attention scaling and
@@ -211,7 +211,7 @@ def halves(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes] | None:
 
 def main() -> None:
     if len(sys.argv) != 3:
-        raise InputError("usage: python -m data.qwen SOURCE OUT")
+        raise InputError("usage: python -m data.convert_qwen SOURCE OUT")
     source, out = sys.argv[1], Path(sys.argv[2])
     if out.exists():
         raise InputError(f"OUT {str(out)!r} exists; name a folder that does not")
