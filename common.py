@@ -228,7 +228,24 @@ def align_by_id(rows: list[dict], ids: list[str], what: str) -> list[dict]:
 
 
 def parse_dataclass(cls: type, argv: list[str], prog: str, doc: str):
-    """A frozen dataclass from flags: one flag a field, default and help from `field(default, help)`."""
+    """A frozen dataclass from flags: one flag per field, default and help from `flag(default, help)`."""
+    return cls(**as_tuples(flag_parser(cls, prog, doc).parse_args(argv)))
+
+
+def parse_given(cls: type, argv: list[str], prog: str, doc: str) -> dict:
+    """Of the same flags only those that stand in `argv`, by field."""
+    parser = flag_parser(cls, prog, doc)
+    parser.parse_args(argv)  # --help shows the defaults
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return as_tuples(parser.parse_args(argv))
+
+
+def as_tuples(values: argparse.Namespace) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
+
+
+def flag_parser(cls: type, prog: str, doc: str) -> "Parser":
     parser = Parser(prog=prog, description=doc, formatter_class=Help, allow_abbrev=False)
     for f in dataclasses.fields(cls):
         kind, help_text = f.metadata.get("kind", str), f.metadata["help"]
@@ -241,8 +258,7 @@ def parse_dataclass(cls: type, argv: list[str], prog: str, doc: str):
         if isinstance(f.default, tuple):
             options["nargs"] = "+"
         parser.add_argument(flag, type=kind, required=required, choices=f.metadata.get("choices"), **options)
-    values = vars(parser.parse_args(argv))
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return parser
 
 
 class Parser(argparse.ArgumentParser):

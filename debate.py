@@ -220,8 +220,8 @@ def make_transcripts(
     `size` of characters, seeds and turns is how many samples are generated at once (DebateConfig.batch_size). These
     chunks are appended to part files as they finish and the whole is renamed at the end. A file that holds fewer turns
     is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
-    processes each takes every so-manieth chunk and has part files of its own, unless they make every chunk `together`;
-    what a run with any number of them has left is used, and rank 0 joins the parts.
+    processes chunk i goes to rank i % world_size, which has part files of its own, unless they make every chunk
+    `together`; what a run with any number of them has left is used, and rank 0 joins the parts.
     """
     ids = [s["id"] for s in samples]
     groups: dict[int, list[int]] = {}  # turns there already -> seeds

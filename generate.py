@@ -248,8 +248,9 @@ class Debater:
     ) -> list[list[int]]:
         """One turn per key: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
 
-        With more keys than prompts each row is read once and continued by so many neighbouring copies. Samples until an end token or the limit. A turn has at least one token: the end is barred at position 0. Rows
-        that ended leave the batch by halves.
+        With more keys than prompts each row is read once and continued by so many neighbouring copies. Samples until an
+        end token or the limit. A turn has at least one token: the end is barred at position 0. Rows that ended are dropped
+        once they are half of the batch.
         """
         config, turn = self.config, session
         logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)

@@ -43,7 +43,7 @@ def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], 
         weight.grad = None
         z.backward(
             gradient
-        )  # not autograd.grad: fused Adam reads a gradient as if it lay in memory as its parameter does
+        )  # not autograd.grad: fused Adam assumes the parameter's strides
         adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
         adam.step()
     return weight.detach()[slots]

@@ -351,15 +351,17 @@ class Plan:
         def at_once(gpus: int, most: int) -> int:
             return max(longest, min(math.ceil(self.c.batch_size / gpus) * longest, most))
 
-        def parts(gpus=G, most=self.c.micro_tokens, checkpointing=self.c.checkpointing) -> dict:
+        def parts(gpus=G, most=self.c.max_tokens_per_forward, checkpointing=self.c.checkpointing) -> dict:
             return finetuning_memory(m, gpus, at_once(gpus, most), longest, checkpointing, self.e, self.gpu.flash)
 
-        tokens = at_once(G, self.c.micro_tokens)
-        read = min(4096, self.c.micro_tokens)
+        tokens = at_once(G, self.c.max_tokens_per_forward)
+        read = min(4096, self.c.max_tokens_per_forward)
         state = predicting_memory(m, 1 if heads else G, read, self.e, self.gpu.flash, training=not heads)
         predicting = Need(f"{self.task} {name}: predictions, {read} tokens a forward", f"{role} predictions", state, [])
         remedies = [("--checkpointing", parts(checkpointing=True))]
-        remedies += [(f"--micro-tokens {n}", parts(most=n)) for n in (16384, 8192, 4096, 2048) if longest <= n < tokens]
+        remedies += [
+            (f"--max-tokens-per-forward {n}", parts(most=n)) for n in (16384, 8192, 4096, 2048) if longest <= n < tokens
+        ]
         flag = f"--{role}-gpus"
         for n in (2, 4, 8, 16, 32, 64):
             if n > G:
@@ -455,7 +457,7 @@ def estimates(plans: list[tuple]) -> tuple[dict, dict, list[Need]]:
 
 
 def show(experiments: list) -> None:
-    """Print a line a group of like stages, how each is derived, and peak memory. Raises InputError on what does not fit."""
+    """Print a line per group of similar stages, how each is derived, and peak memory. Raises InputError on what does not fit."""
     config = experiments[0].config
     gpu, name = (GPUS[config.gpu], config.gpu) if config.gpu else (device_here(), f"this {device().type}")
     gpus = config.gpus or here()
@@ -467,7 +469,7 @@ def show(experiments: list) -> None:
     peaks = f"{gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, {gpu.link:.4g} GB/s to the others"
     print0(f"{gpus} x {name}: {peaks}")
     print0(
-        f"taken of these, assumed until measured: {', '.join(f'{k} {v}' for k, v in SHARES.items())}; {config.dtype}"
+        f"assumed utilization, until measured: {', '.join(f'{k} {v}' for k, v in SHARES.items())}; {config.dtype}"
     )
     for role, m, spec in (("weak", p.weak, config.weak), ("strong", p.strong, config.strong)):
         body = (

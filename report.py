@@ -58,7 +58,7 @@ def origin(manifest: dict) -> dict:
 
 
 def quality(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, calibration, and how often class 1 is the likelier: 0 or 1 there is an answer that never changes."""
+    """Accuracy, calibration, and how often class 1 is predicted: 0 or 1 is a constant prediction."""
     what = {
         "accuracy": (probs.argmax(1) == labels).mean(), "brier": stats.brier(probs, labels),
         "ece": stats.ece(probs, labels), "share_of_1": probs.argmax(1).mean(),

@@ -19,7 +19,7 @@ esac
 . "$(dirname "$0")/setup.sh"
 
 if [ "$preset" = auto ]; then
-  memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true) # MiB, a line a GPU
+  memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true) # MiB, a line per GPU
   if [ "$(awk '$1 >= 70000' <<<"$memory" | wc -l)" -ge 4 ]; then preset=paper why="at least 4 GPUs of 70 GB"
   elif [ -n "$memory" ]; then preset=small why="a GPU"
   else preset=tiny why="no GPU"; fi

@@ -61,7 +61,7 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
 
 
 def brier(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Mean squared error of the probability of class 1, from probs [N, 2] and labels [N]. 0.25 knows nothing."""
+    """Mean squared error of the probability of class 1, from probs [N, 2] and labels [N]. Always predicting 0.5 gives 0.25."""
     return float(np.mean((probs[:, 1] - labels) ** 2))
 
 

@@ -45,7 +45,7 @@ from common import (
     flag,
     gather,
     in_groups,
-    parse_dataclass,
+    parse_given,
     print0,
     rank,
     read_jsonl,
@@ -54,9 +54,11 @@ from common import (
     write_text,
 )
 from debate import assign_side, judge_input, transcript_text, with_evidence
+from generate import DebateConfig
 from kernels import CHOICES, conf_loss, resolve
 from model import Classifier, ModelSpec, load_tokenizer, resolve_dtype
 from stages import Stage, digest, is_locked, locked, read_manifest
+from train import TrainConfig
 
 # ---- what is compared ----
 
@@ -143,7 +145,7 @@ PRESETS = {
     "paper": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
         transcript="last",  # "appended to each sample", as the paper words it
-        cache_tokens=30_000, micro_tokens=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
+        cache_tokens=30_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
     ),
 }  # fmt: skip
 PER_TASK = {  # where a task departs from its preset
@@ -155,46 +157,44 @@ PER_TASK = {  # where a task departs from its preset
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Flags of every command. A default of None is the preset's value, or the paper's where the preset has none."""
+    """What holds for a task: flags over the preset's values for the task, over the preset's, over these defaults."""
 
     preset: str = flag("tiny", "sizes and models", choices=tuple(PRESETS))
-    tasks: tuple = flag((), "tasks to run; default: the preset's", choices=tuple(data.prepare.TASKS))
-    methods: tuple = flag((), "rows and points of the tables and figures; default: all", choices=tuple(METHODS))
-    seeds: tuple = flag((), "replicates: each finetunes every model anew, on the same debates", int)
-    weak: str | None = flag(None, "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")
-    strong: str | None = flag(None, "strong model, likewise")
+    tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
+    methods: tuple = flag(tuple(METHODS), "rows and points of the tables and figures", choices=tuple(METHODS))
+    seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
+    weak: str = flag("", "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")
+    strong: str = flag("", "strong model, likewise")
     data_dir: str | None = flag(None, "folder with <task>/<split>.jsonl[.gz] in the hub's schema; default: the hub")
     out: str | None = flag(None, "folder of the results; default: out/<preset>")
-    limit_train: int | None = flag(None, "training samples a task, both halves together", int)
-    limit_test: int | None = flag(None, "test samples a task", int)
-    max_sample_tokens: int | None = flag(None, "longer samples are dropped, for all models (1024)", int)
-    lr: float | None = flag(None, "learning rate (1e-5)", float)
+    limit_train: int | None = flag(None, "training samples per task, both halves together", int)
+    limit_test: int | None = flag(None, "test samples per task", int)
+    max_sample_tokens: int = flag(1024, "longer samples are dropped, for all models", int)
+    lr: float = flag(TrainConfig.lr, "learning rate", float)
     weak_lr: float | None = flag(None, "learning rate of the weak model; default: --lr", float)
-    epochs: int | None = flag(None, "passes over the training samples (2)", int)
-    batch_size: int | None = flag(None, "samples an optimizer step (32)", int)
-    ramp: str | None = flag(None, "warm-up of the confidence loss (openai)", choices=("openai", "linear"))
-    checkpointing: bool | None = flag(None, "recompute activations to save memory", bool)
-    max_new_tokens: int | None = flag(None, "longest turn (200)", int)
-    temperature: float | None = flag(None, "of the debaters (0.4)", float)
-    top_p: float | None = flag(None, "of the debaters (1.0)", float)
-    transcript: str | None = flag(
-        None, "where judges read the transcript: before or after the question (first)", choices=("first", "last")
-    )
-    chat: bool | None = flag(None, "ask the debaters through their chat template", bool)
-    dtype: str | None = flag(None, "of all models (auto)", choices=("auto", "float32", "bfloat16"))
-    kernels: str | None = flag(None, "Triton or plain PyTorch in finetuning (auto)", choices=CHOICES)
+    epochs: int = flag(TrainConfig.epochs, "passes over the training samples", int)
+    batch_size: int = flag(TrainConfig.batch_size, "samples per optimizer step", int)
+    aux_warmup: str = flag(TrainConfig.aux_warmup, "of the confidence loss", choices=("openai", "linear"))
+    checkpointing: bool = flag(TrainConfig.checkpointing, "recompute activations to save memory", bool)
+    transcript: str = flag("first", "judges read it before or after the question", choices=("first", "last"))
+    max_new_tokens: int = flag(DebateConfig.max_new_tokens, "longest turn", int)
+    temperature: float = flag(DebateConfig.temperature, "of the debaters", float)
+    top_p: float = flag(DebateConfig.top_p, "of the debaters", float)
+    chat: bool = flag(DebateConfig.chat, "ask the debaters through their chat template", bool)
+    dtype: str = flag(TrainConfig.dtype, "of all models", choices=("auto", "float32", "bfloat16"))
+    kernels: str = flag(TrainConfig.kernels, "Triton or plain PyTorch in finetuning", choices=CHOICES)
     engine: str = flag(
-        "replicated",
+        DebateConfig.engine,
         "what generates the debates: replicated (a copy of the model per process), sharded (one over all), vllm",
         choices=("replicated", "sharded", "vllm"),
     )
-    weak_gpus: int | None = flag(
-        None, "processes that share a finetuning of the weak model; others do the next (0: all)", int
+    weak_gpus: int = flag(0, "processes that share a finetuning of the weak model; others do the next (0: all)", int)
+    strong_gpus: int = flag(0, "the same for the strong model", int)
+    cache_tokens: int = flag(
+        DebateConfig.cache_tokens, "tokens of keys and values that a batch of debates may fill", int
     )
-    strong_gpus: int | None = flag(None, "the same for the strong model", int)
-    cache_tokens: int | None = flag(None, "tokens of keys and values that a batch of debates may fill (32768)", int)
-    micro_tokens: int | None = flag(
-        None, "most tokens in one forward of finetuning; does not change the result (32768)", int
+    max_tokens_per_forward: int = flag(
+        TrainConfig.max_tokens_per_forward, "most tokens in one forward of finetuning; does not change the result", int
     )
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     json: bool = flag(False, "status as JSON", bool)
@@ -206,24 +206,26 @@ class Config:
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
     gpus: int | None = flag(None, "plan: GPUs of the run; default: those here", int)
     gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(estimate.GPUS))
+    show_config: bool = flag(False, "print what holds for each task and where it comes from, and stop", bool)
 
-    def resolved(self, task: str | None = None) -> "Config":
-        """With the preset's and the paper's values filled in, and where the preset has them those of `task`.
+    @classmethod
+    def of(cls, task: str | None = None, **given) -> "Config":
+        """What holds for `task` with these flags; `auto` and values that follow from others are filled in.
 
         Raises InputError on values out of range.
         """
-        defaults = dict(
-            methods=tuple(METHODS), out=f"out/{self.preset}", max_sample_tokens=1024, lr=1e-5, epochs=2, batch_size=32,
-            ramp="openai", checkpointing=False, max_new_tokens=200, temperature=0.4, top_p=1.0, transcript="first", chat=False, dtype="auto",
-            kernels="auto", weak_gpus=0, strong_gpus=0, cache_tokens=32768, micro_tokens=32768,
-        ) | PRESETS[self.preset] | PER_TASK.get((self.preset, task), {})  # fmt: skip
-        given = {k: v for k, v in vars(self).items() if v is not None and v != ()}
-        config = dataclasses.replace(self, **(defaults | given))
-        dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
+        preset = given.get("preset", cls.preset)
+        config = cls(**(PRESETS[preset] | PER_TASK.get((preset, task), {}) | given))
         config = dataclasses.replace(
-            config, weak_lr=config.lr if config.weak_lr is None else config.weak_lr, dtype=dtype,
-            kernels=resolve(config.kernels),
+            config, out=f"out/{preset}" if config.out is None else config.out,
+            weak_lr=config.lr if config.weak_lr is None else config.weak_lr,
+            dtype=str(resolve_dtype(config.dtype)).removeprefix("torch."), kernels=resolve(config.kernels),
         )  # fmt: skip
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raises InputError on values out of range."""
         for name in (
             "limit_train",
             "limit_test",
@@ -236,31 +238,42 @@ class Config:
             "head_lr",
             "head_epochs",
             "cache_tokens",
-            "micro_tokens",
+            "max_tokens_per_forward",
             "gpus",
         ):
-            value = getattr(config, name)
+            value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
-        if not 0 <= config.temperature < float("inf") or not 0 < config.top_p <= 1:
-            raise InputError(f"--temperature {config.temperature} must be >= 0, --top-p {config.top_p} in (0, 1]")
+        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
+            raise InputError(f"--temperature {self.temperature} must be >= 0, --top-p {self.top_p} in (0, 1]")
         for name in ("weak_gpus", "strong_gpus"):
-            if getattr(config, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative (0: all)")
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative (0: all)")
         for name in ("tasks", "methods", "seeds"):
-            if len(set(values := getattr(config, name))) < len(values):
+            if len(set(values := getattr(self, name))) < len(values):
                 raise InputError(f"--{name} {' '.join(map(str, values))}: name each once")
-        if not config.out or Path(config.out).exists() and not Path(config.out).is_dir():
-            raise InputError(f"--out {config.out!r}: not a folder")
-        if config.data_dir and not Path(config.data_dir).is_dir():
-            raise InputError(f"--data-dir {config.data_dir!r}: no such folder")
-        if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+        if not self.out or Path(self.out).exists() and not Path(self.out).is_dir():
+            raise InputError(f"--out {self.out!r}: not a folder")
+        if self.data_dir and not Path(self.data_dir).is_dir():
+            raise InputError(f"--data-dir {self.data_dir!r}: no such folder")
+        if self.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise InputError("--tensorboard: the package is not there; pip install tensorboard")
-        if any(s < 0 for s in config.seeds):
-            raise InputError(f"--seeds {' '.join(map(str, config.seeds))}: must not be negative")
-        for spec in (config.weak, config.strong):
+        if any(s < 0 for s in self.seeds):
+            raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: must not be negative")
+        for spec in (self.weak, self.strong):
             ModelSpec.parse(spec)
-        return config
+
+
+def show_config(given: dict, task: str) -> None:
+    """Every field of a task's configuration, its value, and whether a flag, the task, the preset or the default set it."""
+    config = Config.of(task, **given)
+    layers = {"flag": given, f"{config.preset}, {task}": PER_TASK.get((config.preset, task), {}),
+              f"preset {config.preset}": PRESETS[config.preset]}  # fmt: skip
+    print0(task)
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        print0(f"  {f.name:24}{shown!s:60} {next((name for name, of in layers.items() if f.name in of), 'default')}")
 
 
 # ---- stages of one task, in the paper's order ----
@@ -274,7 +287,7 @@ class Experiment:
         self.folder = Path(config.out) / task  # data and debates
         self.runs = results_folder(config) / task  # what is trained on them
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
-        self.otherwise: list[str] = []  # what is reported though these flags would make it anew
+        self.otherwise: list[str] = []  # stale but still reported
         self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
 
     def classifier(self, model: ModelSpec, sharded: bool = False):
@@ -319,9 +332,7 @@ class Experiment:
 
         c = self.config
         folder = self.folder / "transcripts" / protocol
-        settings = generate.DebateConfig(
-            c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, c.cache_tokens, c.engine
-        )
+        settings = DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, c.cache_tokens, c.engine)
         form = [code(f) for f in (debate.encode_question, debate.encode_turn, debate.encode_instruction)]
         inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
         inputs |= {f"{part} evidence": path for part in inputs if (path := self.evidence_file(part))}
@@ -369,7 +380,7 @@ class Experiment:
 
         c = self.config
         model = self.weak if who == "zero_shot_weak" else self.strong
-        settings = generate.DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
+        settings = DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
         parts = ("train_b", "test")
         inputs = {part: self.file(f"{part}.jsonl") for part in parts}
         if who == "zero_shot_evidence":
@@ -386,7 +397,15 @@ class Experiment:
 
         wording = {"wording": self.wording("zero_shot"), "code": code(debate.zero_shot)}
         config = {"model": model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
-        return Stage(self.folder / "predictions" / who.replace("_", "-"), config | wording, inputs, make)
+        folder = self.folder / "predictions" / who.replace("_", "-")
+        return Stage(folder, config | wording, inputs, make, twins=self.twins(folder))
+
+    def twins(self, folder: Path) -> tuple[Path, ...]:
+        """The same run of the other tasks that have the same samples."""
+        others = [t for t in self.config.tasks if t != self.task and source_of(t) == source_of(self.task)]
+        out = Path(self.config.out)
+        name = folder.relative_to(out).as_posix()
+        return tuple(out / name.replace(self.task, t, 1) for t in others)
 
     def market_making_judge(self) -> Stage:
         """The weak floor that market-making asks: finetuned as a whole, also where only heads are compared."""
@@ -401,7 +420,7 @@ class Experiment:
             texts = [
                 self.judge_text("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)
             ]
-            return train.predict(classifier, texts, train.TrainConfig()).argmax(-1).tolist()
+            return train.predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
 
         return choose
 
@@ -482,10 +501,10 @@ class Experiment:
     def train_config(self, model: ModelSpec, seed: int, finetune_seed: int, loss: str = "xent"):
         c = self.config
         lr = c.head_lr if c.head_only else c.weak_lr if model is self.weak else c.lr
-        return train.TrainConfig(
+        return TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
-            seed=100 * seed + finetune_seed, dtype=c.dtype, aux_warmup=c.ramp, checkpointing=c.checkpointing,
-            kernels=c.kernels, max_tokens_per_forward=c.micro_tokens,
+            seed=100 * seed + finetune_seed, dtype=c.dtype, aux_warmup=c.aux_warmup, checkpointing=c.checkpointing,
+            kernels=c.kernels, max_tokens_per_forward=c.max_tokens_per_forward,
         )  # fmt: skip
 
     def finetuning(
@@ -542,11 +561,10 @@ class Experiment:
 
         kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
         group_size = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
-        same_source = [t for t in self.config.tasks if t != self.task and source_of(t) == source_of(self.task)]
-        twins = tuple(results_folder(self.config) / t / folder.relative_to(self.runs) for t in same_source)
         return Stage(
-            folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size, twins=twins
-        )
+            folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size,
+            twins=self.twins(folder),
+        )  # fmt: skip
 
     @functools.cache  # noqa: B019
     def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
@@ -816,7 +834,7 @@ def write_report(experiments: list[Experiment]) -> None:
 
 
 def states(experiments: list[Experiment]) -> list[dict]:
-    """Of every stage its state, why it is stale, the seconds it took, and the seconds that it will, as like ones did."""
+    """Per stage its state, why it is stale, the seconds it took, and those it will take, estimated from similar stages."""
     rows = []
     for e in experiments:
         for stage in e.stages():
@@ -869,12 +887,18 @@ def main() -> None:
             )
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
-    asked = parse_dataclass(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
-    if sys.argv[1] != "plan" and (asked.gpu or asked.gpus):
-        raise InputError(f"--gpu {asked.gpu} --gpus {asked.gpus}: for `w2s.py plan` only; `run` takes the GPUs it has")
-    if asked.gpu and asked.dtype in (None, "auto"):
-        asked = dataclasses.replace(asked, dtype="bfloat16")
-    COMMANDS[sys.argv[1]]([Experiment(asked.resolved(task), task) for task in asked.resolved().tasks])
+    given = parse_given(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
+    if sys.argv[1] != "plan" and (wrong := given.keys() & {"gpu", "gpus"}):
+        flags = " ".join(f"--{name} {given[name]}" for name in sorted(wrong))
+        raise InputError(f"{flags}: for `w2s.py plan` only; `run` takes the GPUs it has")
+    if "gpu" in given and given.get("dtype", "auto") == "auto":
+        given["dtype"] = "bfloat16"
+    tasks = Config.of(**given).tasks
+    if given.get("show_config"):
+        for task in tasks:
+            show_config(given, task)
+        return
+    COMMANDS[sys.argv[1]]([Experiment(Config.of(task, **given), task) for task in tasks])
 
 
 if __name__ == "__main__":

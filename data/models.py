@@ -68,7 +68,7 @@ def smollm2(folder: Path) -> None:
 
 
 def random_byte_model(folder: Path, wide: bool) -> None:
-    """Write a random two-layer Llama over bytes to `folder`: it knows nothing and costs nothing."""
+    """Write a random two-layer Llama over bytes to `folder`: for smoke tests."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

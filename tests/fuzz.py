@@ -130,7 +130,7 @@ def targets(folder: Path) -> dict:
         (stage.folder / "manifest.json").write_bytes(raw)
         stage.difference()
         experiment = w2s.Experiment(
-            w2s.Config(preset="smoke", methods=("single",), seeds=(0,), out=str(folder / "run")).resolved("sciq"),
+            w2s.Config.of("sciq", preset="smoke", methods=("single",), seeds=(0,), out=str(folder / "run")),
             "sciq",
         )
         for s in experiment.stages():

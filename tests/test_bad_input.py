@@ -69,7 +69,7 @@ FLAGS = [  # script, flags behind good ones, what the line must name
     (W2S, ["--top-p", "0"], ("--top-p 0.0", "(0, 1]")),
     (W2S, ["--dtype", "float16"], ("--dtype", "float16", "bfloat16")),
     (W2S, ["--engine", "magic"], ("--engine", "magic", "vllm")),
-    (W2S, ["--ramp", "steep"], ("--ramp", "steep", "linear")),
+    (W2S, ["--aux-warmup", "steep"], ("--aux-warmup", "steep", "linear")),
     (W2S, ["--no-such-flag"], ("--no-such-flag", "--help")),
     (W2S, ["--out", ""], ("--out ''", "folder")),
     (W2S, ["--out", "{tmp}/good.jsonl"], ("good.jsonl", "not a folder")),

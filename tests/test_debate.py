@@ -398,6 +398,33 @@ def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monk
             assert ids == debater.tokenizer(text)["input_ids"]
 
 
+def test_zero_shot_is_the_likelihood_of_the_two_sides_about_its_median(debater, samples, monkeypatch):
+    monkeypatch.setattr(generate.DebateConfig, "batch_size", lambda *_, **__: 3)  # more than one batch
+    batch, odds = [s | {"evidence": "It is so."} for s in samples[:5]], []
+    asked = debater.tokens("Decide whether the answer is correct or incorrect.\nThe answer is")
+    for s in batch:
+        prompt, log_p = encode_question(debater, "sciq", "zero_shot", s) + asked, []
+        for side in ("incorrect", "correct"):
+            word = debater.tokens(f" {side}")
+            with torch.no_grad():
+                logits = (
+                    debater.model(input_ids=torch.tensor([prompt + word]), use_cache=False).logits[0].log_softmax(-1)
+                )
+            log_p.append(sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(word)))
+        odds.append(log_p[1] - log_p[0])
+    wanted = [1 / (1 + math.exp(sorted(odds)[2] - x)) for x in odds]
+    got = debate.zero_shot(debater, "sciq", batch)
+    assert [p[1] for p in got] == pytest.approx(wanted, abs=1e-5) and [sum(p) for p in got] == pytest.approx([1] * 5)
+    assert len({round(x, 6) for x in odds}) == 5
+    without = debate.zero_shot(debater, "sciq", samples[:5])
+    assert without != got  # the evidence is read
+
+
+def test_debaters_read_the_evidence_before_the_question(debater, samples):
+    ids = encode_question(debater, "sciq", "debate", samples[0] | {"evidence": "It is so."})
+    assert debater.tokenizer.decode(ids) == f"{INTRODUCTION}\n\nPassage: It is so.\n{samples[0]['text']}\n\n"
+
+
 def test_market_making_argues_against_the_choice(debater, samples, monkeypatch):
     monkeypatch.setattr(generate, "Session", RecordingSession)
     monkeypatch.setattr(RecordingSession, "prompts", [])

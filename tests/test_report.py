@@ -262,6 +262,28 @@ def test_statistics_of_the_summary_are_those_of_the_rows(small):
     assert {k: cell[k] for k in want} == want and cell["pgr"] is not None
 
 
+def test_the_verdict_is_what_the_interval_says():
+    def cells(low, high, pgr=None):
+        ours = {
+            "accuracy": 0.6,
+            "rows": ("a",),
+            "lead": (low + high) / 2,
+            "lead_ci": (low, high),
+            "lead_rows": ("a", "b"),
+        }
+        ours |= {"pgr": pgr, "pgr_ci": (0.2, 0.8), "pgr_rows": ("a",), "seeds": 2, "n": 99}
+        ceiling = {"gap": 0.02, "gap_ci": (-0.01, 0.05), "gap_rows": ("c",), "rows": ("c",)}
+        return {"ours": ours, "strong_ceiling": ceiling}
+
+    summary = {
+        "a": cells(0.01, 0.11, 0.5), "b": cells(-0.01, 0.1), "c": cells(-0.2, -0.1), "d": {"finetune": {}},
+    }  # fmt: skip
+    a, b, c, d = ("".join(map(str, parts)) for parts in report.verdicts(summary))
+    assert a.startswith("a: yes. ") and "+6.0 [+1.0, +11.0]" in a and "PGR is 50 [20, 80] %" in a and "2 seeds, 99" in a
+    assert b.startswith("b: not shown") and "+2.0 [-1.0, +5.0], is not clear of zero" in b
+    assert c.startswith("c: no, it hurt. ") and d.startswith("d: not asked")
+
+
 # ---- in a browser ----
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -33,10 +33,10 @@ READ_BY = {
     "weak_lr": (0.5, WEAK),
     "epochs": (3, TRAINED),
     "batch_size": (3, TRAINED),
-    "ramp": ("linear", TRAINED),
+    "aux_warmup": ("linear", TRAINED),
     "checkpointing": (True, TRAINED),
     "dtype": ("bfloat16", DEBATES | TRAINED | ZERO_SHOT),
-    "micro_tokens": (99, TRAINED),
+    "max_tokens_per_forward": (99, TRAINED),
     "cache_tokens": (99, DEBATES),
     "weak_gpus": (1, set()),
     "strong_gpus": (1, set()),
@@ -109,10 +109,17 @@ def pretended(stage: Stage) -> Stage:
 
 
 def experiment(out: Path, **changes) -> Experiment:
-    config = Config(
-        preset="smoke", tasks=("sciq",), seeds=(0, 1), methods=METHODS, limit_train=16, limit_test=8, out=str(out)
+    config = Config.of(
+        "sciq",
+        preset="smoke",
+        tasks=("sciq",),
+        seeds=(0, 1),
+        methods=METHODS,
+        limit_train=16,
+        limit_test=8,
+        out=str(out),
     )
-    return Experiment(dataclasses.replace(config.resolved("sciq"), **changes), "sciq")
+    return Experiment(dataclasses.replace(config, **changes), "sciq")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +135,7 @@ def done(tmp_path_factory):
 def test_the_table_knows_every_kind_of_stage_and_every_field(done):
     assert {kind_of(s) for s in experiment(done).stages()} == {"data", *MADE_FROM}
     others = {"preset", "tasks", "data_dir", "out", "kernels", "engine", "keep_models", "head_only", "head_epochs"}
-    others |= {"tensorboard", "gpus", "gpu"}
+    others |= {"tensorboard", "gpus", "gpu", "show_config"}
     assert {f.name for f in dataclasses.fields(Config)} == READ_BY.keys() | others
 
 

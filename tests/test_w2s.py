@@ -200,7 +200,7 @@ def test_rows_are_matched_by_id():
 
 def small_experiment(out: Path, **settings) -> Experiment:
     given = {"preset": "smoke", "tasks": ("sciq",), "seeds": (0,), "limit_train": 16, "limit_test": 8, "out": str(out)}
-    return Experiment(w2s.Config(**(given | settings)).resolved("sciq"), "sciq")
+    return Experiment(w2s.Config.of("sciq", **(given | settings)), "sciq")
 
 
 def changed(e: Experiment, **settings) -> Experiment:
@@ -346,11 +346,11 @@ def test_evidence_reaches_those_who_debate_and_the_bound_alone(tmp_path):
                 tmp_path / f"{name}/sciq/{split}.jsonl",
                 [r | {"support": s} for r, s in zip(of, support, strict=True)],
             )
-        config = w2s.Config(
-            preset="smoke", tasks=("sciq_evidence",), seeds=(0,), methods=methods, limit_train=16, limit_test=8,
+        config = w2s.Config.of(
+            "sciq_evidence", preset="smoke", tasks=("sciq_evidence",), seeds=(0,), methods=methods, limit_train=16, limit_test=8,
             data_dir=str(tmp_path / name), out=str(tmp_path / f"out-{name}"),
         )  # fmt: skip
-        for stage in w2s.Experiment(config.resolved("sciq_evidence"), "sciq_evidence").stages():
+        for stage in w2s.Experiment(config, "sciq_evidence").stages():
             assert stage.run()
         there[name] = {
             f.relative_to(tmp_path / f"out-{name}/sciq_evidence").as_posix(): f.read_bytes()
@@ -361,6 +361,27 @@ def test_evidence_reaches_those_who_debate_and_the_bound_alone(tmp_path):
     reads_it = ("transcripts", "evidence.jsonl", "weak-debate", "weak-evidence", "labels/ours", "labels/evidence",
                 "strong-ours", "strong-evidence", "zero-shot-evidence")  # fmt: skip
     assert changed == {f for f in there["own"] if any(word in f for word in reads_it)}
+
+
+def test_what_two_tasks_have_in_common_is_computed_once(tmp_path):
+    def run(out, tasks):
+        given = dict(
+            preset="smoke", tasks=tasks, seeds=(0,), methods=("finetune", "single"), limit_train=16, limit_test=8,
+            out=str(tmp_path / out),
+        )  # fmt: skip
+        for task in tasks:
+            for stage in w2s.Experiment(w2s.Config.of(task, **given), task).stages():
+                stage.run()
+        return {
+            f.parent.name: json.loads((f.parent / "manifest.json").read_text()) | {"bytes": f.read_bytes()}
+            for f in (tmp_path / out / tasks[-1]).glob("predictions/*/t*.jsonl")
+        }
+
+    both, alone = run("both", ("places_evidence", "places")), run("alone", ("places",))
+    assert {name: m["bytes"] for name, m in both.items()} == {name: m["bytes"] for name, m in alone.items()}
+    copied = {name for name, m in both.items() if "copied_from" in m}
+    zero_shot = {"zero-shot-weak", "zero-shot-strong"}
+    assert copied == {"weak-naive-f0-s0", "strong-ceiling-s0", "strong-finetune-s0"} | zero_shot
 
 
 def test_results_are_counted_from_the_predictions(done):
