@@ -41,9 +41,7 @@ def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], 
         for e in filter(None, alike.values()):
             gradient[e] = loss_and_gradient(z[e].detach(), y[e], step / len(orders), configs[e[0]], kernels)[1]
         weight.grad = None
-        z.backward(
-            gradient
-        )  # not autograd.grad: fused Adam assumes the parameter's strides
+        z.backward(gradient)  # not autograd.grad: fused Adam assumes the parameter's strides
         adam.param_groups[0]["lr"] = lr_at(step, len(orders), configs[0].lr)
         adam.step()
     return weight.detach()[slots]

@@ -468,9 +468,7 @@ def show(experiments: list) -> None:
     costs, derived, needs = estimates(plans)
     peaks = f"{gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, {gpu.link:.4g} GB/s to the others"
     print0(f"{gpus} x {name}: {peaks}")
-    print0(
-        f"assumed utilization, until measured: {', '.join(f'{k} {v}' for k, v in SHARES.items())}; {config.dtype}"
-    )
+    print0(f"assumed utilization, until measured: {', '.join(f'{k} {v}' for k, v in SHARES.items())}; {config.dtype}")
     for role, m, spec in (("weak", p.weak, config.weak), ("strong", p.strong, config.strong)):
         body = (
             f"{m.blocks} blocks x (2 x {m.D} x ({m.Q} + {m.K}) + 3 x {m.D} x {m.F}) = {m.body / 1e9:.4g} G parameters"

@@ -442,7 +442,7 @@ def figure(folder: Path, name: str, axis: str, points: dict, labels: dict, summa
             numbers = (cells[m]["accuracy"], *cells[m]["accuracy_ci"])
             csv_rows.writerow([task, x, m, *(f"{v:.6f}" for v in numbers), cells[m]["seeds"]])
         plots.points(ax, axis, of, cells, labels)
-        ax.set_title(task)
+        ax.set_title(task, pad=30)  # above the legend
     write_text(folder / f"{name}.csv", text.getvalue())
     fig.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
     return [folder / f"{name}.csv", folder / f"{name}.png"]

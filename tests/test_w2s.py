@@ -366,7 +366,7 @@ def test_evidence_reaches_those_who_debate_and_the_bound_alone(tmp_path):
 def test_what_two_tasks_have_in_common_is_computed_once(tmp_path):
     def run(out, tasks):
         given = dict(
-            preset="smoke", tasks=tasks, seeds=(0,), methods=("finetune", "single"), limit_train=16, limit_test=8,
+            preset="smoke", tasks=tasks, seeds=(0,), methods=("finetune", "single"), limit_train=40, limit_test=8,
             out=str(tmp_path / out),
         )  # fmt: skip
         for task in tasks:
