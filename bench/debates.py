@@ -130,11 +130,19 @@ def main() -> None:
         return debater
 
     debater = endless(Debater(spec, config))
-    models = [load_model(spec, AutoModelForCausalLM, resolve_dtype(args.dtype)).to(device()).eval() for _ in range(2)]
-    for model in models:  # the second has its attention replaced by continuous batching
+    wanted = args.engines or ENGINE_NAMES
+
+    def plain_model(*engines: str) -> torch.nn.Module | None:
+        if not set(engines) & set(wanted):
+            return None
+        model = load_model(spec, AutoModelForCausalLM, resolve_dtype(args.dtype)).to(device()).eval()
         model.generation_config = GenerationConfig(
             do_sample=True, temperature=args.temperature, top_k=0, max_new_tokens=args.max_new_tokens, pad_token_id=0
         )
+        return model
+
+    models = [plain_model("generate one by one", "generate in batches"), plain_model("continuous batching")]
+    ours(debater, args, samples[:1], args.seeds)  # unmeasured: libraries load their kernels
 
     def others(engine: Engine, chosen: list[dict]) -> int:
         return sum(len(ids) for turn in turn_by_turn(debater, args, chosen, engine) for ids in turn)
@@ -146,17 +154,20 @@ def main() -> None:
         ("generate one by one", 1): lambda: others(in_batches(models[0], 1), few)
     }
     for n in args.batches:
-        runs["generate in batches", n] = lambda n=n: others(in_batches(models[0], n), debates)
         runs["ours", n] = lambda n=n: own(debater, n)
+        runs["generate in batches", n] = lambda n=n: others(in_batches(models[0], n), debates)
     runs["continuous batching", max(args.batches)] = lambda: others(continuous(models[1], max(args.batches)), debates)
-    if importlib.util.find_spec("vllm"):
+    if "vllm" in wanted and importlib.util.find_spec("vllm"):
         vllm = endless(ENGINES["vllm"](spec, config))
         runs["vllm", len(debates)] = lambda: own(vllm, len(debates))
     else:
         print("vllm: not installed here")
 
-    runs = {run: work for run, work in runs.items() if run[0] in (args.engines or ENGINE_NAMES)}
-    facts = provenance() | {"dtype": str(models[0].dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    runs = {run: work for run, work in runs.items() if run[0] in wanted}
+    facts = provenance() | {
+        "dtype": str(resolve_dtype(args.dtype)).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
     print(facts)
     lines = ["round,engine,batch,seeds,debates,new_tokens,seconds,tokens_per_second," + ",".join(facts)]
     rates: dict[tuple[str, int], list[float]] = {}

@@ -43,6 +43,7 @@ COLUMNS = (
 @dataclasses.dataclass(frozen=True)
 class Args:
     rows: tuple = flag(("T1", "T2", "T3", "T4"), "which to run", choices=("T1", "T2", "T3", "T4"))
+    seconds: float = flag(0.5, "of each measurement of wall time, at least 5 calls", float)
     csv: str = flag("", "file to write the rows to")
 
 
@@ -269,7 +270,7 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (statistics.median(wall_ms(lambda: target.copy_(source), 0.5)) / 1e3)
 
 
-def measured_rows(args: Args, seconds: float = 0.5):
+def measured_rows(args: Args):
     """One row per case and provider."""
     bandwidth = copy_bandwidth()
     print0(f"copy: {bandwidth / 1e9:.0f} GB/s read and written")
@@ -279,7 +280,7 @@ def measured_rows(args: Args, seconds: float = 0.5):
         for name, build in providers(case).items():
             step = build()
             row = dict.fromkeys(COLUMNS) | {"row": case.row, "shape": case.shape, "loss": case.loss, "provider": name}
-            row |= spread(wall_ms(step, seconds))
+            row |= spread(wall_ms(step, args.seconds))
             row["error"], row["error_dh"] = errors(case, step())
             if GPU:
                 synchronise()
@@ -316,26 +317,25 @@ def shown(value: object) -> str:
 
 
 def write_rows(rows: Iterable[dict], path: str) -> None:
-    """Print each row as it comes, and write all to `path`, with device, commit and versions, if it is named."""
+    """Print each row as it comes and write it to `path`, if it is named, with device, commit and versions."""
     here = provenance()
     here = {"device": here["device"], "commit": here["commit"]} | {
         k: here["versions"][k] for k in ("torch", "triton", "transformers")
     }
     print0(", ".join(f"{k} {v}" for k, v in here.items()))
-    done = []
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*COLUMNS, *here], lineterminator="\n")
+    writer.writeheader()
     for row in rows:
-        done.append(row)
+        writer.writerow({k: shown(v) for k, v in (row | here).items()})
+        if path:
+            write_text(Path(path), text.getvalue())
         if row["note"]:
             print0(f"{row['row']} | {row['provider']} | {row['note']}")
             continue
         measured = [f"{c} {shown(row[c])}" for c in COLUMNS[4:] if row[c] is not None]
         print0(" | ".join([*(str(row[c]) for c in COLUMNS[:4]), *measured]))
     if path:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [*COLUMNS, *here], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: shown(v) for k, v in (row | here).items()} for row in done)
-        write_text(Path(path), text.getvalue())
         print0(f"wrote {path}")
 
 

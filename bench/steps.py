@@ -4,8 +4,9 @@
     python -m bench.steps --samples train.jsonl --model smollm2-135m      on the texts of a file
 
 The other loop takes minibatches padded to their longest sample, logits stacked, one loss, one backward. Same model and
-batches, in turns. Columns as in bench/kernels.py; peak memory is that of the process, and above what it holds between
-steps; the error is the largest difference of a step's loss.
+batches: on a CPU in turns, on a GPU, whose memory holds one model, one after the other in processes of their own. Columns
+as in bench/kernels.py; peak memory is that of the process, and above what it holds between steps; the error is the largest
+difference of a step's loss from the first provider's.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ import train
 from bench.kernels import COLUMNS, DEVICE, GPU, spread, synchronise, write_rows
 from common import InputError, flag, parse_dataclass, read_samples, run_script
 from kernels import conf_loss
-from model import Classifier, ModelSpec, load_model, resolve_dtype
+from model import Classifier, ModelSpec, load_model, load_tokenizer, resolve_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Args:
     samples: str = flag("", "JSON lines with text; default: 16 to 28, and 100 to 500, common words")
     steps: int = flag(4, "steps per round; the first is not counted", int)
     rounds: int = flag(2, "rounds, in each of which every provider has its turn on the same batches", int)
+    providers: tuple = flag(
+        (), "only these; default: all", choices=("ours", "ours, kernels off", "openai 1", "openai 32")
+    )
 
 
 def common_words(low: int, high: int, n: int) -> list[str]:
@@ -110,16 +114,16 @@ def build(provider: str, spec: ModelSpec) -> OpenAILoop | OurLoop:
     return OurLoop(spec, dtype, "triton" if provider == "ours" and GPU else "reference")
 
 
-def peak_mb(provider: str, spec: ModelSpec, rounds: list[tuple]) -> tuple[float, float]:
-    """In a process of its own: peak memory of a round after a first one, and that above what is held between them."""
+def peak_mb(provider: str, spec: ModelSpec, rounds: list[tuple]) -> tuple[float, float, list]:
+    """In a process of its own: peak memory of a round after others, that above what is held between them, the others' logs."""
     loop = build(provider, spec)
-    loop.finetune(*rounds[0])
+    logs = [loop.finetune(*r) for r in (rounds if GPU else rounds[:1])]
     if GPU:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         loop.finetune(*rounds[-1])
         peak = torch.cuda.max_memory_allocated()
-        return peak / 2**20, (peak - before) / 2**20
+        return peak / 2**20, (peak - before) / 2**20, logs
 
     def resident(what: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -133,7 +137,11 @@ def peak_mb(provider: str, spec: ModelSpec, rounds: list[tuple]) -> tuple[float,
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     loop.finetune(*rounds[-1])
     peak = resident("VmHWM")
-    return peak, peak - before
+    return peak, peak - before, logs
+
+
+def encode(tokenizer, texts: list[str], config: train.TrainConfig) -> list[list[int]]:
+    return [ids[: config.max_tokens] for ids in tokenizer(texts)["input_ids"]]
 
 
 def step_rows(args: Args):
@@ -152,23 +160,27 @@ def step_rows(args: Args):
         sources = {
             f"{low}-{high} words": common_words(low, high, n * args.rounds) for low, high in ((16, 28), (100, 500))
         }
-    names = ["ours", *(["ours, kernels off"] if GPU else []), "openai 1", f"openai {config.batch_size}"]
-    loops = {name: build(name, spec) for name in names}
-    encode = loops["ours"].classifier.encode
+    every = ("ours", *(["ours, kernels off"] if GPU else []), "openai 1", f"openai {config.batch_size}")
+    names = args.providers or every
+    loops = {} if GPU else {name: build(name, spec) for name in names}
+    tokenizer = load_tokenizer(spec)
     labels = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
     labels = torch.cat([labels, 1 - labels], 1)
     for source, texts in sources.items():
         chunks = [texts[i : i + n] for i in range(0, n * args.rounds, n)]
         inputs = {
-            name: [(encode(c, config.max_tokens)[0] if "openai" in name else c, labels, config) for c in chunks]
+            name: [(encode(tokenizer, c, config) if "openai" in name else c, labels, config) for c in chunks]
             for name in names
         }
         logs: dict[str, list] = {name: [] for name in names}
-        for i in range(args.rounds):
+        for i in range(0 if GPU else args.rounds):
             for name in names if i % 2 == 0 else names[::-1]:
                 logs[name].append(loops[name].finetune(*inputs[name][i]))
-        tokens = sum(len(s) for s in encode(texts, config.max_tokens)[0]) / len(texts)
+        tokens = sum(map(len, encode(tokenizer, texts, config))) / len(texts)
         for name in names:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                peak, above, alone = pool.submit(peak_mb, name, spec, inputs[name]).result()
+            logs[name] = logs[name] or alone
             steps = [
                 (b["seconds"] - a["seconds"], b["tokens"] - a["tokens"])
                 for log in logs[name]
@@ -176,11 +188,9 @@ def step_rows(args: Args):
             ]
             off = max(
                 abs(a["loss"] - b["loss"])
-                for x, y in zip(logs[name], logs["ours"], strict=True)
+                for x, y in zip(logs[name], logs[names[0]], strict=True)
                 for a, b in zip(x, y, strict=True)
             )
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                peak, above = pool.submit(peak_mb, name, spec, inputs[name]).result()
             yield dict.fromkeys(COLUMNS) | {
                 "row": "S", "shape": f"{args.model} {source}, {tokens:.0f} tokens a sample", "loss": config.loss, "provider": name,
                 **spread([1e3 * seconds for seconds, _ in steps]),

@@ -1,4 +1,7 @@
-"""Paths, threads and tiny models that the test files share. Nothing here needs a network or a GPU."""
+"""Paths, threads and tiny models that the test files share. Nothing here needs a network.
+
+Tests run on the CPU, also where there is a GPU; test_gpu.py starts a process that sees it.
+"""
 
 import os
 import sys
@@ -6,6 +9,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve each other on a busy machine
 os.environ["HF_HUB_OFFLINE"] = "1"
+if os.environ.get("W2S_TEST_ON_GPU") != "1":  # test_gpu.py alone sets it, for a process of its own
+    os.environ["W2S_HIDDEN_GPUS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every other test is a CPU's
+else:
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # poisoned memory is deterministic mode, which asks for it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -33,6 +43,9 @@ def tiny_config(family: str, n_layers: int):
         "llama": lambda: t.LlamaConfig(**common, **llama),
         "qwen2": lambda: t.Qwen2Config(**common, **llama),
         "qwen3": lambda: t.Qwen3Config(**common, **llama, head_dim=8),
+        "qwen2 of 16": lambda: t.Qwen2Config(
+            **common, **llama | {"hidden_size": 64}
+        ),  # a head's width that a GPU takes
         "gpt2": lambda: t.GPT2Config(**common, n_embd=16, n_layer=n_layers, n_head=4, n_positions=1024),
         "gpt_neox": lambda: t.GPTNeoXConfig(**common, **one_head_a_key),
     }[family]()

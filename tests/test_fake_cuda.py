@@ -1,0 +1,289 @@
+"""What runs on a GPU alone, on a machine without one: tensors of the meta device that say is_cuda, at the widths of real models.
+
+A meta tensor has a dtype and a shape, and no data. So nothing is computed here: what fails is a wrong argument, shape, dtype
+or device. Of kernels that only a GPU has, the arguments are held against what their CUDA code asks for. (torch's CPU build
+cannot run FakeTensorMode on a fake cuda device: it has no device guard for it.) Not covered: values, decode_turn's loop,
+which reads tokens on the host, and the copy of the pretrained weights.
+"""
+
+import inspect
+import sys
+import types
+
+import compile_kernels
+import pytest
+import torch
+import torch.nn.attention.varlen
+import transformers
+from torch import Tensor
+from torch.fx.experimental import _config as symbolic_config
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+
+import generate
+import heads
+import model
+import plan
+import train
+from generate import DebateConfig, Debater, grouped_attention, sample
+from kernels import conf_loss, head
+from model import Classifier, ModelSpec, packed_attention
+
+QWENS = ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen-14B")  # the first with 6 query heads a key head, the second with one
+BLOCKS = 2  # of each model: the others are alike
+LENGTHS = [700, 1, 64, 333]
+pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # autocast, of a device that is not there
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Models and batches go to the meta device, whose tensors pass for a GPU's."""
+    for module in (model, train, heads):
+        monkeypatch.setattr(module, "to_device", lambda x, dev: x.to(dev))
+    monkeypatch.setattr(model, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda x=None: True)  # no look at a mask's values
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.device.type == "meta"), raising=False)
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    with symbolic_config.patch(meta_nonzero_assume_all_nonzero=True):
+        yield
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Calls of FlashAttention for unequal lengths, each held against the checks of mha_varlen_fwd."""
+
+    def __enter__(self):
+        self.calls = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torch_attn._varlen_attn.default:
+            call = {a.name: a.default_value for a in func._schema.arguments}
+            call |= dict(zip(call, args, strict=False)) | (kwargs or {})
+            q, k, v, cu = (call[n] for n in ("query", "key", "value", "cu_seq_q"))
+            assert {x.dtype for x in (q, k, v)} == {torch.bfloat16} and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+            assert all(x.is_cuda and x.stride(-1) == 1 for x in (q, k, v, cu))
+            assert k.shape == v.shape and len(k) == len(q) and q.shape[1] % k.shape[1] == 0
+            assert cu.dtype == torch.int32 and cu.is_contiguous() and call["cu_seq_k"] is cu
+            assert call["max_q"] == call["max_k"] == max(LENGTHS) and len(cu) == len(LENGTHS) + 1
+            assert call["is_causal"] and call["window_size"] == [-1, 0]
+            self.calls.append(call)
+        return func(*args, **(kwargs or {}))
+
+
+class LikelyTrue(TorchFunctionMode):
+    """A tensor that is asked for its truth says yes, as the checks for finite logits hope."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return True if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the Triton kernels launched. Arguments must fit the kernel's signature and be what is compiled for sm_90."""
+    seen, names = [], {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    compiled: dict[str, tuple] = {}  # kernel -> kernel, argument -> types
+    for _, kernel, arguments, _ in compile_kernels.shipped():
+        allowed = compiled.setdefault(kernel.fn.__name__, (kernel, {}))[1]
+        for name, kind in arguments.items():
+            allowed.setdefault(name, set()).add(kind)
+
+    def launcher(kernel, allowed):
+        def launch(*args, **settings):
+            options = {k: settings.pop(k) for k in ("num_warps", "enable_fp_fusion") if k in settings}
+            bound = inspect.signature(kernel.fn).bind(*args, **settings).arguments
+            for name, x in bound.items():
+                if isinstance(x, Tensor):
+                    assert x.is_cuda and x.is_contiguous() and names[x.dtype] in allowed[name], name
+                else:
+                    assert not name.endswith("_ptr"), name
+            assert options["num_warps"] > 0
+            seen.append(kernel.fn.__name__)
+
+        return launch
+
+    class Kernel:
+        def __init__(self, kernel, allowed):
+            self.launch = launcher(kernel, allowed)
+
+        def __getitem__(self, grid):
+            assert all(type(n) is int and n > 0 for n in grid)
+            return self.launch
+
+    for module in (head, conf_loss):
+        for name, (kernel, allowed) in compiled.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Kernel(kernel, allowed))
+    return seen
+
+
+def config_of(name: str):
+    s = plan.SHAPES[name]
+    return transformers.Qwen2Config(
+        vocab_size=s.V, hidden_size=s.D, intermediate_size=s.F, num_hidden_layers=BLOCKS, num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads, tie_word_embeddings=s.tied, num_labels=2, pad_token_id=0, eos_token_id=0,
+        bos_token_id=None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def fake_classifier(gpu, monkeypatch):
+    def load_model(spec, auto_class, dtype, attn_implementation, num_labels):
+        assert (dtype, num_labels) == ("auto", 2)
+        config = config_of(spec.name)
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=torch.bfloat16, attn_implementation=attn_implementation)
+
+    monkeypatch.setattr(model, "load_tokenizer", lambda spec: types.SimpleNamespace(pad_token_id=0, eos_token_id=0))
+    monkeypatch.setattr(model, "load_model", load_model)
+    monkeypatch.setattr(
+        Classifier, "pretrained", property(lambda c: list(c.model.base_model.parameters()))
+    )  # without a CPU
+    return lambda name, dtype=torch.bfloat16: Classifier(ModelSpec(name), 2, dtype, "triton")
+
+
+# ---- finetuning ----
+
+
+@pytest.mark.parametrize("name", QWENS)
+def test_packed_attention_calls_flash_attention_as_it_asks_to_be(name, gpu):
+    s, T = plan.SHAPES[name], sum(LENGTHS)
+    _, _, where = model.pack([[1] * n for n in LENGTHS], torch.device("meta"))
+    q, k, v = (
+        torch.empty(1, T, h, s.d, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for h in (s.heads, s.kv_heads, s.kv_heads)
+    )
+    with AttentionCalls() as seen:
+        out, _ = packed_attention(None, *(x.transpose(1, 2) for x in (q, k, v)), None, s.d**-0.5, where)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    [call] = seen.calls
+    assert call["scale"] == s.d**-0.5 and call.get("enable_gqa", s.heads != s.kv_heads) == (s.heads != s.kv_heads)
+    assert (out.shape, out.dtype, out.device.type) == ((1, T, s.heads, s.d), torch.bfloat16, "meta")
+    assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("name", QWENS)
+def test_float32_attention_is_padded_with_as_many_key_heads_as_query_heads(name, gpu):
+    s, T = plan.SHAPES[name], sum(LENGTHS)
+    _, _, where = model.pack([[1] * n for n in LENGTHS], torch.device("meta"))
+    q, k, v = (torch.empty(1, h, T, s.d, device="meta", requires_grad=True) for h in (s.heads, s.kv_heads, s.kv_heads))
+    asked = []
+
+    class Sdpa(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                asked.append((*(x.shape for x in args), kwargs["enable_gqa"], kwargs["is_causal"]))
+            return func(*args, **(kwargs or {}))
+
+    with AttentionCalls() as seen, Sdpa():
+        out, _ = packed_attention(None, q, k, v, None, s.d**-0.5, where)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert not seen.calls and asked == [(*[(len(LENGTHS), s.heads, max(LENGTHS), s.d)] * 3, False, True)]
+    assert (out.shape, out.dtype) == ((1, T, s.heads, s.d), torch.float32)
+    assert [g.shape for g in gradients] == [x.shape for x in (q, k, v)]
+
+
+@pytest.mark.parametrize("name", QWENS)
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_a_finetuning_step(name, loss, fake_classifier, launches):
+    classifier, config = fake_classifier(name), train.TrainConfig(loss=loss)
+    classifier.reset(config)
+    y = torch.empty(len(LENGTHS), 2, device="meta")
+    tokens = [[1] * n for n in LENGTHS]
+    with AttentionCalls() as seen:
+        value = train.backward_batch(classifier, tokens, y, 0.5, config, config.max_tokens_per_forward)
+    assert (value.shape, value.dtype, value.device.type) == ((), torch.float32, "meta")
+    assert launches == ["forward_kernel", "loss_kernel", "backward_kernel"] and len(seen.calls) == BLOCKS
+    adam = classifier.optimizer
+    assert all(m.grad.shape == m.shape and m.is_cuda for m in adam.masters) and adam.rounded[0].grad is None
+    assert {m.dtype for m in adam.masters} == {m.grad.dtype for m in adam.masters} == {torch.float32}
+    assert {p.dtype for p in classifier.model.base_model.parameters()} == {torch.bfloat16}
+    adam.step(1e-5)
+    assert {x.device.type for state in adam.adam.state.values() for x in state.values()} == {"meta"}
+
+
+def test_a_batch_in_several_forwards(fake_classifier, launches):
+    classifier, config = fake_classifier(QWENS[0]), train.TrainConfig()
+    classifier.reset(config)
+    y = torch.empty(len(LENGTHS), 2, device="meta")
+    train.backward_batch(classifier, [[1] * n for n in LENGTHS], y, 0.5, config, 800)
+    assert launches == 2 * ["forward_kernel"] + ["loss_kernel"] + 2 * ["forward_kernel", "backward_kernel"]
+    assert all(m.grad.shape == m.shape for m in classifier.optimizer.masters)
+    assert classifier.features([[1, 2], [3]]).shape == (2, plan.SHAPES[QWENS[0]].D)
+
+
+def test_a_step_of_many_heads(gpu, launches, monkeypatch):
+    D, N, B = 5120, 200, 32
+    monkeypatch.setattr(heads, "batches", lambda n, config: [list(range(B))])
+    monkeypatch.setattr(heads, "resolve", lambda choice: "triton")
+    configs = [train.TrainConfig(loss=loss, seed=seed) for seed in (0, 1) for loss in train.LOSSES]
+    x, y = torch.empty(N, D, device="meta"), [torch.empty(N, 2, device="meta") for _ in configs]
+    weights = heads.finetune_heads(x, y, configs)
+    assert (weights.shape, weights.device.type) == ((len(configs), 2, D), "meta")
+    assert launches == ["loss_kernel"] * len(train.LOSSES)
+
+
+# ---- debates ----
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.4, 1.0), (0.4, 0.9)])
+@pytest.mark.parametrize("name", QWENS)
+def test_sampling(name, temperature, top_p, gpu):
+    logits = torch.empty(128, plan.SHAPES[name].V, device="meta")
+    keys = torch.empty(128, dtype=torch.long, device="meta")
+    with LikelyTrue():
+        token = sample(logits, keys, temperature, top_p)
+    assert (token.shape, token.dtype, token.device.type) == ((128,), torch.int64, "meta")
+
+
+@pytest.mark.parametrize("name", QWENS)
+def test_attention_of_a_new_token_copies_no_key(name, gpu):
+    s, B, T = plan.SHAPES[name], 128, 704
+    q = torch.empty(B, s.heads, 1, s.d, dtype=torch.bfloat16, device="meta")
+    k, v = (torch.empty(B, s.kv_heads, T, s.d, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    mask = torch.empty(B, 1, 1, T, dtype=torch.bool, device="meta")
+    asked = []
+
+    class Sdpa(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                asked.append((args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Sdpa():
+        out, _ = grouped_attention(None, q, k, v, mask, scaling=s.d**-0.5)
+    [(args, options)] = asked
+    assert args[0].shape == (B, s.kv_heads, s.heads // s.kv_heads, s.d)
+    assert args[1] is k and args[2] is v and args[3] is mask and options == {"scale": s.d**-0.5}
+    assert (out.shape, out.dtype) == ((B, 1, s.heads, s.d), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", QWENS)
+def test_prefill_and_decode_steps(name, gpu, monkeypatch):
+    s, debater = plan.SHAPES[name], Debater.__new__(Debater)
+
+    def load_model(spec, auto_class, dtype, attention, parallel):
+        with torch.device("meta"):
+            return auto_class.from_config(config_of(spec.name), dtype=dtype, attn_implementation=attention)
+
+    monkeypatch.setattr(generate, "load_model", load_model)
+    monkeypatch.setattr(generate, "device", lambda: torch.device("meta"))
+    debater.spec, debater.config = ModelSpec(name), DebateConfig(dtype="bfloat16")
+    debater.is_end = torch.empty(s.V, dtype=torch.bool, device="meta")
+    debater.load()
+    session = debater.prefill([[1] * 40 + [2] * n for n in (5, 9, 1)], copies=4)
+    logits = session.forward([[3] * 3] * 12, [[4] * 7, [5]] * 6).masked_fill(debater.is_end, -torch.inf)
+    before = session.columns()
+    for step in range(1, 9):  # over the 64th column: the buffers grow
+        assert (logits.shape, logits.dtype, logits.device.type) == ((12, s.V), torch.float32, "meta")
+        with LikelyTrue():
+            token = debater.sample(logits, torch.empty(12, dtype=torch.long, device="meta"))
+        logits = session.forward(token)
+        assert session.mask.shape == (12, before + step) and session.mask.is_cuda
+    layer, columns = session.cache.layers[0], -(-session.columns() // 64) * 64
+    assert before < 64 < session.columns() and layer.length == session.columns()
+    for buffer in layer.buffers:
+        assert (buffer.shape, buffer.dtype) == ((12, s.kv_heads, columns, s.d), torch.bfloat16) and buffer.is_cuda
+    half = session.select(torch.empty(6, dtype=torch.long, device="meta"))
+    assert half.forward(torch.empty(6, dtype=torch.long, device="meta")).shape == (6, s.V)
+    assert session.cache.layers[0].buffers[0].shape[0] == 12

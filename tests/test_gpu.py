@@ -1,0 +1,278 @@
+"""Everything that needs a GPU: attention and kernels against float64, packed against plain forwards, steps that never wait.
+
+The other tests hide the GPU from their process. The first test here starts one that sees it and runs the rest there:
+
+    python -m pytest -rs tests/test_gpu.py                        says why, where it cannot
+    W2S_TEST_ON_GPU=1 python -m pytest -v tests/test_gpu.py       test by test
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import test_debate
+import test_kernels
+import torch
+from conftest import ROOT
+from test_kernels import poisoned_memory  # noqa: F401
+from torch.testing import assert_close
+
+import generate
+import heads
+import model
+import train
+from bench.kernels import launches
+from common import stable_hash
+from generate import DebateConfig, Debater
+from kernels import conf_loss, head
+from model import Classifier, ModelSpec, load_model, pack, packed_attention
+from train import TrainConfig
+
+VISIBLE = os.environ.get("W2S_TEST_ON_GPU") == "1"
+on_gpu = pytest.mark.skipif(
+    not (VISIBLE and torch.cuda.is_available()), reason="needs a GPU, seen by a process of its own"
+)
+WIDE = "qwen2 of 16"  # head_dim 16: FlashAttention takes multiples of 8
+
+
+@pytest.mark.skipif(VISIBLE, reason="the GPU is visible already")
+def test_the_rest_where_the_gpu_is_visible():
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this torch is built without CUDA")
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")}
+    env |= {"W2S_TEST_ON_GPU": "1"}
+    if (devices := env.pop("W2S_HIDDEN_GPUS")) != "all":
+        env["CUDA_VISIBLE_DEVICES"] = devices
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-rs", __file__], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    print(done.stdout, done.stderr)
+    if "passed" not in done.stdout and "failed" not in done.stdout and "needs a GPU" in done.stdout:
+        pytest.skip("no GPU here")
+    assert done.returncode == 0
+
+
+@pytest.fixture
+def no_waits():
+    """Anything in `with no_waits():` that makes the CPU wait for the GPU raises."""
+
+    class Watched:
+        def __enter__(self):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    return Watched
+
+
+def relative_error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+# ---- attention ----
+
+
+def attention_by_definition(q, k, v, lengths):
+    """Causal attention of each sample in float64: [1, H, T, d], [1, H_kv, T, d] -> [1, T, H, d]."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out, start = [], 0
+    for n in lengths:
+        a, b, c = (x[0, :, start : start + n] for x in (q, k, v))
+        scores = (a @ b.mT / q.shape[-1] ** 0.5).masked_fill(
+            torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), -torch.inf
+        )
+        out.append((scores.softmax(-1) @ c).transpose(0, 1))
+        start += n
+    return torch.cat(out)[None]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("H, H_kv", [(4, 4), (4, 2), (12, 2), (8, 1)])
+@pytest.mark.parametrize("lengths", [[1], [130], [1, 7, 130, 64, 2], [3] * 33])
+def test_packed_attention_and_its_gradients_are_those_of_float64(lengths, H, H_kv, dtype, tolerance):
+    T, g = sum(lengths), torch.Generator("cuda").manual_seed(0)
+    q, k, v, to = (torch.randn(1, h, T, 16, device="cuda", generator=g).to(dtype) for h in (H, H_kv, H_kv, H))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    _, _, where = pack([[1] * n for n in lengths], q.device)
+    out, _ = packed_attention(None, *inputs, None, 16**-0.5, where)
+    want = attention_by_definition(*doubles, lengths)
+    assert out.dtype == dtype and relative_error(out, want) < tolerance
+    gradients = torch.autograd.grad(out, inputs, to.transpose(1, 2))
+    for got, wanted in zip(gradients, torch.autograd.grad(want, doubles, to.double().transpose(1, 2)), strict=True):
+        error = (got.double() - wanted).norm()  # of one token the gradient of a query is zero
+        assert got.dtype == dtype and error < 2 * tolerance * max(wanted.norm(), to.double().norm() / 10)
+
+
+@on_gpu
+def test_float32_attention_stores_no_scores():
+    n, H = 4096, 8
+    q, k, v = (torch.randn(1, h, n, 16, device="cuda", requires_grad=True) for h in (H, 2, 2))
+    _, _, where = pack([[1] * n], q.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    packed_attention(None, q, k, v, None, pack=where)[0].sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * H * n * n / 4
+
+
+# ---- finetuning ----
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 3e-2), (torch.float32, 1e-4)])
+def test_packed_is_padded_and_each_sample_alone(dtype, tolerance, tiny_model, samples):
+    import transformers
+
+    spec = ModelSpec(tiny_model(WIDE))
+    classifier, plain = Classifier(spec, 2, dtype), load_model(spec, transformers.AutoModel, torch.float32).cuda()
+    tokens, _ = classifier.encode([s["text"] for s in samples], 100)
+    lengths = torch.tensor([len(t) for t in tokens])
+    ids = torch.tensor([t + [7] * (max(lengths) - len(t)) for t in tokens])
+    mask = (torch.arange(max(lengths)) < lengths[:, None]).long()
+    with torch.no_grad():
+        padded = plain(ids.cuda(), attention_mask=mask.cuda()).last_hidden_state[range(len(tokens)), lengths - 1]
+        packed = classifier.features(tokens)
+        alone = torch.cat([classifier.features([t]) for t in tokens])
+    assert padded.std() > 0.1 and relative_error(packed, padded) < tolerance
+    assert relative_error(alone, packed) < tolerance
+
+
+@on_gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_a_step_never_waits_for_the_gpu(loss, checkpointing, tiny_model, samples, no_waits):
+    classifier = Classifier(ModelSpec(tiny_model(WIDE)), 2, torch.bfloat16)
+    config = TrainConfig(loss=loss, checkpointing=checkpointing)
+    classifier.reset(config)
+    tokens, _ = classifier.encode([s["text"] for s in samples], 100)
+    y = torch.full((len(tokens), 2), 0.5, device="cuda")
+
+    def step(max_tokens):
+        train.backward_batch(classifier, tokens, y, 0.5, config, max_tokens)
+        classifier.optimizer.step(1e-4)
+
+    for max_tokens in (config.max_tokens_per_forward, 200):  # one forward, and several
+        step(max_tokens)  # compiles the kernels
+        with no_waits():
+            step(max_tokens)
+
+
+@on_gpu
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+@pytest.mark.parametrize("loss", train.LOSSES)
+def test_a_float32_run_on_the_gpu_is_one_on_the_cpu(loss, kernels, tiny_model, samples, monkeypatch):
+    texts, labels = [s["text"] for s in samples], torch.eye(2)[[s["label"] for s in samples]]
+    config, found = TrainConfig(loss=loss, lr=1e-3, batch_size=8), []
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(model, "device", lambda device=device: torch.device(device))
+        chosen = kernels if device == "cuda" else "reference"
+        classifier = Classifier(ModelSpec(tiny_model(WIDE)), 2, torch.float32, chosen)
+        rows = train.finetune(classifier, texts, labels, config)["log"]
+        found.append((torch.tensor([r["loss"] for r in rows]), train.predict(classifier, texts, config)))
+    assert found[1][1].std() > 0.01
+    assert_close(found[0], found[1], atol=1e-3, rtol=0)
+
+
+@on_gpu
+def test_heads_on_the_gpu_are_heads_on_the_cpu():
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(96, 64, generator=g), torch.rand(6, 96, 1, generator=g)
+    labels = torch.cat([labels, 1 - labels], -1)
+    configs = [TrainConfig(loss=loss, lr=1e-2, seed=seed) for seed in (0, 1) for loss in train.LOSSES]
+    on_gpu, on_cpu = (
+        heads.finetune_heads(x.to(d), list(labels.to(d)), configs, k).cpu()
+        for d, k in (("cuda", "triton"), ("cpu", "reference"))
+    )
+    assert on_cpu.std() > 1e-3
+    assert_close(on_gpu, on_cpu, atol=1e-4, rtol=0)
+
+
+# ---- kernels ----
+
+
+@on_gpu
+class TestKernels:
+    """The comparisons of test_kernels.py, compiled and not interpreted."""
+
+    pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
+    test_head = staticmethod(test_kernels.test_head_and_its_gradients_are_those_of_float64)
+    test_loss = staticmethod(test_kernels.test_loss_and_gradient_are_those_of_float64)
+    test_train = staticmethod(test_kernels.test_train_gives_the_same_loss_with_either)
+    test_quantile = staticmethod(test_kernels.test_quantile_is_torchs_in_a_thousand_cases)
+    test_not_finite = staticmethod(test_kernels.test_logits_that_are_not_finite_give_a_loss_that_is_not_and_end)
+
+
+@on_gpu
+def test_head_and_loss_are_three_launches_without_a_wait_the_same_bits_and_can_be_captured(no_waits):
+    hidden, weight = test_kernels.randn(32, 5120).bfloat16(), test_kernels.randn(2, 5120, seed=1) / 70
+    y, rows = test_kernels.randn(1, 32, 2, seed=2).softmax(-1), torch.arange(32, dtype=torch.int32, device="cuda")
+
+    def step():
+        loss, g = conf_loss.conf_loss(head.forward(hidden, rows, weight)[None], y, "logconf", 0.5)
+        return loss, *head.backward(hidden, rows, weight, g[0])
+
+    first = step()
+    with no_waits():
+        again = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert launches(step) == 3
+    for a, b, c in zip(first, again, captured, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+# ---- debates ----
+
+
+@pytest.fixture(scope="module")
+def debater(tiny_model):
+    return test_debate.make_debater(tiny_model(WIDE))
+
+
+@pytest.fixture(scope="module")
+def whole(debater, samples, tmp_path_factory):
+    return test_debate.transcripts(debater, samples, tmp_path_factory.mktemp("whole"), seeds=(0, 1), chunk=64)
+
+
+@on_gpu
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+def test_debates_are_the_same_in_any_batch_in_float32(debater, whole, samples, tmp_path, chunk):
+    assert test_debate.transcripts(debater, samples, tmp_path, seeds=(0, 1), chunk=chunk) == whole
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 3e-2), ("float32", 1e-5)])
+def test_logits_of_a_decode_step_are_those_of_the_whole_text(dtype, tolerance, tiny_model):
+    """Over the 64th column, where the buffers grow, with rows of several lengths."""
+    config = DebateConfig(dtype=dtype)
+    debater, exact = (
+        Debater(ModelSpec(tiny_model(WIDE)), c) for c in (config, dataclasses.replace(config, dtype="float32"))
+    )
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 257, (n,), generator=g).tolist() for n in (50, 61, 3)]
+    session = debater.prefill(texts, copies=2)
+    for _ in range(20):
+        token = torch.randint(1, 257, (3,), generator=g)
+        logits = session.forward(token.repeat_interleave(2).cuda())
+        texts = [t + [n] for t, n in zip(texts, token.tolist(), strict=True)]
+    with torch.no_grad():
+        want = torch.stack([exact.model(torch.tensor([t]).cuda()).logits[0, -1] for t in texts])
+    assert want.std() > 0.1 and relative_error(logits, want.repeat_interleave(2, 0)) < tolerance
+
+
+@on_gpu
+def test_sampling_on_the_gpu_is_sampling_on_the_cpu():
+    logits = 3 * torch.randn(200, 3000, generator=torch.Generator().manual_seed(0))
+    keys = torch.tensor([stable_hash("key", i) for i in range(200)])
+    for temperature, top_p in ((0.0, 1.0), (0.4, 1.0), (1.0, 0.8)):
+        on_cpu = generate.sample(logits, keys, temperature, top_p)
+        assert generate.sample(logits.cuda(), keys.cuda(), temperature, top_p).tolist() == on_cpu.tolist()
