@@ -23,7 +23,8 @@ MORE = {"Qwen/Qwen2.5-7B": Shape(3584, 28, 18944, 28, 4, 128, 152064)}
 
 
 def write_model(shape: Shape, folder: Path) -> None:
-    config = transformers.Qwen2Config(
+    config = transformers.LlamaConfig(  # Qwen's but for biases; with a Qwen2Config its tokenizer class would take over
+        head_dim=shape.d,
         vocab_size=shape.V, hidden_size=shape.D, intermediate_size=shape.F, num_hidden_layers=shape.blocks,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,
         max_position_embeddings=32768, bos_token_id=None, eos_token_id=0, pad_token_id=0,
