@@ -3,7 +3,7 @@
 #
 #   preset  models                                   machine                   aim        disk
 #   smoke   random two-layer, bytes                  any CPU                   2 min      20 MB
-#   tiny    SmolLM2-135M and its first 6 layers      2 CPU cores, 12 GB        30 min     1 GB
+#   tiny    SmolLM2-135M and its first 6 layers      2 CPU cores, 12 GB        38 min     1 GB
 #   small   Qwen2.5-0.5B -> Qwen2.5-1.5B             one GPU, 24 GB            4 h        10 GB
 #   paper   Qwen-7B -> Qwen-14B                      8 GPUs, 80 GB             3 days     210 GB  (estimate: w2s.py plan)
 #
