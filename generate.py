@@ -255,8 +255,8 @@ class Debater:
         config, turn = self.config, session
         logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)
         columns = session.columns() - max(map(len, prompts))
-        if copies := len(keys) // len(prompts) - 1:
-            each = torch.arange(len(prompts), device=logits.device).repeat_interleave(copies + 1)
+        if len(keys) > len(prompts):  # the session itself gets the copies, for the turns to come
+            each = torch.arange(len(prompts), device=logits.device).repeat_interleave(len(keys) // len(prompts))
             logits = logits[each]
             vars(session).update(vars(session.select(each)))
         said: list[list[int]] = [[] for _ in keys]

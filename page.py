@@ -55,8 +55,7 @@ def panels(made: report.Report, out: Path) -> dict[str, list[tuple[str, Markup]]
     points, labels = made.points, made.labels
     for task, cells in made.summary.items():
         of = [r for r in made.rows if r["task"] == task and r["method"] in cells]
-        figures = [m for f in points.values() for m in f.get(task, {}).values() if m != "ours"]
-        methods = [m for m in dict.fromkeys(r["method"] for r in of) if m not in figures]
+        methods = [m for m in dict.fromkeys(r["method"] for r in of) if m not in made.figure_only]
 
         def add(title: str, draw, *args, height: float = 2.9, task: str = task) -> None:
             name = f"{task}-{len(drawn.setdefault(task, []))}"
@@ -89,7 +88,7 @@ def overviews(made: report.Report) -> list[tuple[str, Markup]]:
     """The opening picture: (task, SVG of floor, finetune, controls, ours, bound and ceiling)."""
     drawn = []
     for task, cells in made.summary.items():
-        methods = [m for m in report.OVERVIEW if m in cells]
+        methods = report.overview_methods(cells)
 
         def draw(ax, methods=methods, cells=cells) -> None:
             plots.dots(ax, "accuracy", "accuracy %", methods, cells, made.labels)

@@ -16,30 +16,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import InputError, print0, read_json
+from data.prepare import TASKS
 from generate import DebateConfig
 from model import ModelSpec, device
 
-ROWS = {  # (train after the cap of 20,000, test) on the hub; facts and places from their tables
+ROWS = {  # (train after the cap of 20,000, test) on the hub; facts and places from their tables; or its source's
     "sciq": (11_679, 1_000), "boolq": (9_427, 3_270), "cosmos_qa": (20_000, 2_985), "anthropic_hh": (20_000, 8_552),
-    "anthropic_hh_mixed": (20_000, 8_552), "facts": (2_200, 1_100), "places": (418, 220),
-    "sciq_evidence": (10_481, 884), "boolq_evidence": (9_427, 3_270), "cosmos_qa_evidence": (20_000, 2_985),
-    "facts_evidence": (2_200, 1_100),
+    "facts": (2_227, 1_076), "places": (791, 396), "sciq_evidence": (10_481, 884),
 }  # fmt: skip
-TOKENS = {  # of a sample: mean, and at most (or --max-sample-tokens)
-    "sciq": (22, 100),
-    "boolq": (146, 1024),
-    "cosmos_qa": (102, 250),
-    "anthropic_hh": (153, 1024),
-    "anthropic_hh_mixed": (153, 1024),
-    "facts": (15, 30),
-    "places": (15, 30),
-    "sciq_evidence": (22, 100),
-    "boolq_evidence": (14, 40),
-    "cosmos_qa_evidence": (30, 80),
-    "facts_evidence": (15, 30),
-}
+TOKENS = {  # of a sample: mean, and at most (or --max-sample-tokens); or its source's
+    "sciq": (22, 100), "boolq": (146, 1024), "cosmos_qa": (102, 250), "anthropic_hh": (153, 1024), "facts": (15, 30),
+    "places": (15, 30), "boolq_evidence": (14, 40), "cosmos_qa_evidence": (30, 80),
+}  # fmt: skip
 EVIDENCE = {  # tokens of the passage that debaters read, likewise
-    "sciq_evidence": (100, 900), "boolq_evidence": (132, 984), "cosmos_qa_evidence": (72, 170), "facts_evidence": (12, 30),
+    "sciq_evidence": (100, 900), "boolq_evidence": (132, 984), "cosmos_qa_evidence": (72, 170),
+    "facts_evidence": (12, 30), "places_evidence": (12, 30),
 }  # fmt: skip
 CHARACTERS = 4.3  # a token of English
 INTRODUCTION, INSTRUCTION, LABEL = 30, 25, 7  # tokens: before the sample, of a turn's instruction, of a speaker's name
@@ -241,10 +232,10 @@ class Plan:
         self.c, self.task, self.gpu, self.gpus = config, task, gpu, gpus
         self.e = 2 if config.dtype == "bfloat16" else 4
         self.weak, self.strong = (shape_of(ModelSpec.parse(s)) for s in (config.weak, config.strong))
-        rows, tests = ROWS.get(task, (20_000, 1_000))
+        rows, tests = ROWS.get(task) or ROWS[TASKS[task].source]
         self.rows, self.tests = min(rows, config.limit_train or rows), min(tests, config.limit_test or tests)
         self.half = self.rows // 2
-        mean, most = TOKENS.get(task, (100, 1024))
+        mean, most = TOKENS.get(task) or TOKENS[TASKS[task].source]
         self.text, self.longest = min(mean, config.max_sample_tokens), min(most, config.max_sample_tokens)
         self.evidence, self.longest_evidence = EVIDENCE.get(task, (0, 0))
         self.said = config.max_new_tokens + LABEL  # a turn's tokens, at most

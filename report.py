@@ -292,7 +292,8 @@ def summarize(out: Path, rows: list[dict]) -> dict[str, dict]:
 
 
 class Report(NamedTuple):
-    """All that is shown. `points`: figure -> task -> x -> method; `labels`: method -> the name of its row."""
+    """All that is shown. `points`: figure -> task -> x -> method; `labels`: method -> the name of its row; `figure_only`:
+    methods that are points of a figure and no row of a table."""
 
     rows: list[dict]
     debates: list[dict]
@@ -300,6 +301,7 @@ class Report(NamedTuple):
     tables: list[Table]
     points: dict[str, dict]
     labels: dict[str, str]
+    figure_only: set[str]
 
 
 def collect(
@@ -313,8 +315,9 @@ def collect(
         [row | {"digest": name_of(row)} for row in of] for of in (rows, [debate_row(r, out) for r in readings])
     )
     summary = summarize(out, rows)
-    points = {name: points_of(name, shown, summary) for name in FIGURES}
-    return Report(rows, debates, summary, tables(rows, debates, summary, labels, shown), points, labels)
+    figure_only = {m for m, places in shown.items() if not set(places) & TABLES.keys()}
+    points = {name: points_of(name, shown, summary, figure_only) for name in FIGURES}
+    return Report(rows, debates, summary, tables(rows, debates, summary, labels, shown), points, labels, figure_only)
 
 
 def write(made: Report, into: Path) -> list[Path]:
@@ -387,11 +390,11 @@ def write_tensorboard(made: Report, out: Path, into: Path) -> None:
                         writer.add_scalar(name, step[name], step["step"])
 
 
-def points_of(name: str, shown: dict, summary: dict) -> dict[str, dict[int, str]]:
-    """task -> x -> method: the points of a figure, where there are others than our own setting's."""
+def points_of(name: str, shown: dict, summary: dict, figure_only: set[str]) -> dict[str, dict[int, str]]:
+    """task -> x -> method: the points of a figure, where there are others than the tables' rows."""
     points = {int(p.split(":")[1]): m for m, places in shown.items() for p in places if p.startswith(f"{name}:")}
     found = {t: {x: m for x, m in sorted(points.items()) if m in cells} for t, cells in summary.items()}
-    return {t: of for t, of in found.items() if set(of.values()) - {"ours"}}
+    return {t: of for t, of in found.items() if set(of.values()) & figure_only}
 
 
 def verdicts(summary: dict) -> list[list]:
@@ -414,6 +417,10 @@ def verdicts(summary: dict) -> list[list]:
     return said
 
 
+def overview_methods(cells: dict) -> list[str]:
+    return [m for m in OVERVIEW if m in cells]
+
+
 def overview(folder: Path, made: "Report") -> list[Path]:
     """One picture: accuracy of floor, finetune, controls, ours, bound and ceiling, a panel per task."""
     if not made.summary:
@@ -421,7 +428,7 @@ def overview(folder: Path, made: "Report") -> list[Path]:
     fig = Figure(figsize=(1.6 + 3.4 * len(made.summary), 2.6), layout="constrained")
     axes = fig.subplots(1, len(made.summary), squeeze=False)[0]
     for ax, (task, cells) in zip(axes, made.summary.items(), strict=True):
-        plots.dots(ax, "accuracy", "accuracy %", [m for m in OVERVIEW if m in cells], cells, made.labels)
+        plots.dots(ax, "accuracy", "accuracy %", overview_methods(cells), cells, made.labels)
         ax.set_title(task)
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / "overview.png", dpi=130, metadata={"Software": None})

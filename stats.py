@@ -7,7 +7,8 @@ have the same items and the same seeds, so differences and ratios are paired.
 import numpy as np
 
 BOUNDS = ("weak_floor", "strong_ceiling")
-ZERO_SHOT = ("zero_shot_weak", "zero_shot_strong", "zero_shot_evidence")  # not trained: reported, not tested
+ZERO_SHOT = ("zero_shot_weak", "zero_shot_strong", "zero_shot_evidence")
+REFERENCES = {*BOUNDS, *ZERO_SHOT}  # reported beside the methods: neither tested nor given a PGR
 RESAMPLES = 2000
 
 
@@ -93,7 +94,7 @@ def cells(correct: dict[str, np.ndarray]) -> dict[str, dict]:
             lead = float(c.mean() - correct["finetune"].mean())
             out[name] |= {"lead": lead, "lead_ci": interval(draws[name] - draws["finetune"])}
             out[name]["p"] = sign_flip_p(c.sum(0, dtype=int) - correct["finetune"].sum(0, dtype=int))
-    tested = {n: c["p"] for n, c in out.items() if "p" in c and n not in (*BOUNDS, *ZERO_SHOT)}
+    tested = {n: c["p"] for n, c in out.items() if "p" in c and n not in REFERENCES}
     for name, p in holm(tested).items():
         out[name]["p_holm"] = p
     if correct.keys() >= set(BOUNDS):
@@ -101,7 +102,7 @@ def cells(correct: dict[str, np.ndarray]) -> dict[str, dict]:
         gap = interval(ceiling - weak)
         lead = out["strong_ceiling"]["accuracy"] - out["weak_floor"]["accuracy"]
         out["strong_ceiling"] |= {"gap": lead, "gap_ci": gap}
-        for name in correct.keys() - {*BOUNDS, *ZERO_SHOT} if gap[0] > 0 else ():
+        for name in correct.keys() - REFERENCES if gap[0] > 0 else ():
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = pgr(weak, draws[name], ceiling)
             accuracy = [out[n]["accuracy"] for n in ("weak_floor", name, "strong_ceiling")]

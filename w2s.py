@@ -53,7 +53,7 @@ from common import (
     write_jsonl,
     write_text,
 )
-from debate import assign_side, judge_input, transcript_text, with_evidence
+from debate import PROTOCOLS, assign_side, judge_input, transcript_text, with_evidence
 from generate import DebateConfig
 from kernels import CHOICES, conf_loss, resolve
 from model import Classifier, ModelSpec, load_tokenizer, resolve_dtype
@@ -115,13 +115,14 @@ METHODS = {
     "turns_5": Method("5 turns", "debate", FOUR, ("figure3:5",), turns=5),
     "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
 }
-PROTOCOLS = ("debate", "consultancy", "market_making")
 TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
-ZERO_SHOT = {  # without training: the answer whose side is likelier
-    "zero_shot_weak": "weak model, zero-shot",
-    "zero_shot_strong": "strong model, zero-shot",
-    "zero_shot_evidence": "strong model, zero-shot with evidence",
-}
+ZERO_SHOT = dict(
+    zip(
+        stats.ZERO_SHOT,
+        ("weak model, zero-shot", "strong model, zero-shot", "strong model, zero-shot with evidence"),
+        strict=True,
+    )
+)
 REFERENCE_RUNS = dict(zip(stats.BOUNDS, ("weak performance", "strong ceiling"), strict=True))
 FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
 NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
@@ -403,9 +404,7 @@ class Experiment:
     def twins(self, folder: Path) -> tuple[Path, ...]:
         """The same run of the other tasks that have the same samples."""
         others = [t for t in self.config.tasks if t != self.task and source_of(t) == source_of(self.task)]
-        out = Path(self.config.out)
-        name = folder.relative_to(out).as_posix()
-        return tuple(out / name.replace(self.task, t, 1) for t in others)
+        return tuple(self.folder.with_name(t) / folder.relative_to(self.folder) for t in others)
 
     def market_making_judge(self) -> Stage:
         """The weak floor that market-making asks: finetuned as a whole, also where only heads are compared."""
@@ -413,7 +412,6 @@ class Experiment:
 
     def weak_choice(self):
         """Samples and their transcripts so far -> the class that the weak floor prefers."""
-
         classifier = self.classifier(ModelSpec(str(self.market_making_judge().folder / "model")))
 
         def choose(samples: list[dict], rows: list[dict]) -> list[int]:
@@ -426,7 +424,6 @@ class Experiment:
 
     def judge_text(self, reads: str, sample: dict, row: dict | None, turns: int) -> str:
         """What a weak model reads: the question, and beside it what `reads` says (see Method)."""
-
         if reads == "nothing" or reads in PROTOCOLS and turns == 0:
             return sample["text"]
         if reads == "evidence":
@@ -458,7 +455,7 @@ class Experiment:
             rows = self.samples_with_evidence(part) if reads == "evidence" else read_jsonl(self.file(f"{part}.jsonl"))
             spoken = (
                 align_by_id(read_jsonl(said[part]), [r["id"] for r in rows], str(said[part]))
-                if debated and part in said
+                if debated
                 else [None] * len(rows)
             )
             return [r | {"text": self.judge_text(reads, r, t, turns)} for r, t in zip(rows, spoken, strict=True)]

@@ -43,10 +43,20 @@ def sciq(row: dict, coin: Random) -> tuple[str, int]:
 
 
 def boolq(row: dict, coin: Random) -> tuple[str, int]:
-    return f"Passage: {row['passage']}\nQuestion: {row['question']}", int(row["answer"])
+    question, label = boolq_question(row, coin)
+    return f"Passage: {row['passage']}\n{question}", label
+
+
+def boolq_question(row: dict, coin: Random) -> tuple[str, int]:
+    return f"Question: {row['question']}", int(row["answer"])
 
 
 def cosmos_qa(row: dict, coin: Random) -> tuple[str, int]:
+    question, label = cosmos_qa_question(row, coin)
+    return question and f"Context: {row['context']}\n{question}", label
+
+
+def cosmos_qa_question(row: dict, coin: Random) -> tuple[str, int]:
     """A true answer "None of the above choices" is never shown: its row is always labelled incorrect."""
     answers = [row[f"answer{i}"] for i in range(4)]
     true = answers[row["label"]]
@@ -55,16 +65,7 @@ def cosmos_qa(row: dict, coin: Random) -> tuple[str, int]:
     if not wrong:
         return "", label  # nothing to choose from: dropped
     shown = true if label else coin.choice(wrong)
-    return f"Context: {row['context']}\nQuestion: {row['question']}\nAnswer: {shown}", label
-
-
-def boolq_question(row: dict, coin: Random) -> tuple[str, int]:
-    return f"Question: {row['question']}", int(row["answer"])
-
-
-def cosmos_qa_question(row: dict, coin: Random) -> tuple[str, int]:
-    text, label = cosmos_qa(row | {"context": ""}, coin)
-    return text.removeprefix("Context: \n"), label
+    return f"Question: {row['question']}\nAnswer: {shown}", label
 
 
 def anthropic_hh(row: dict, coin: Random) -> tuple[str, int]:
@@ -303,8 +304,9 @@ def prepare(
 ) -> dict:  # fmt: skip
     """Write train_a, train_b, train_b.gold and test to `folder`; returns the counts, also written as counts.json.
 
-    Evidence lies in files of its own, <part>.evidence.jsonl, which nothing but debaters and the bound read. A sample of `max_tokens` or more by any of the tokenizers is dropped here, once for every model, and counted; so is
-    a training sample whose question also stands in the test split. Raises InputError when a split ends up empty.
+    Evidence lies in files of its own, <part>.evidence.jsonl, which nothing but debaters and the bound read. A sample of
+    `max_tokens` or more by any of the tokenizers is dropped here, once for every model, and counted; so is a training
+    sample whose question also stands in the test split. Raises InputError when a split ends up empty.
     """
     parts, counts = {}, {}
     for part, split, cap in (("test", TASKS[name].test_split, TEST_CAP), ("train", "train", TRAIN_CAP)):

@@ -90,6 +90,13 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path, flags, told):
     assert end.stderr.startswith("error: ") and all(word in end.stderr for word in told), end.stderr
 
 
+def test_every_task_has_its_sizes_and_every_passage_its_length():
+    for name, task in plan.TASKS.items():
+        for table in (plan.ROWS, plan.TOKENS):
+            assert name in table or task.source in table, name
+        assert (name in plan.EVIDENCE) == bool(task.evidence), name
+
+
 def test_a_remedy_is_only_named_where_it_helps():
     ways = [("--gpus 2", {"a": 80e9}), ("--gpus 4", {"a": 40e9}), ("--gpus 8", {"a": 9e9})]
     need = plan.Need("x: training", "training", {"a": 90e9}, ways)

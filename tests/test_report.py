@@ -262,6 +262,17 @@ def test_statistics_of_the_summary_are_those_of_the_rows(small):
     assert {k: cell[k] for k in want} == want and cell["pgr"] is not None
 
 
+def test_a_row_that_is_a_point_too_makes_no_figure_alone(small):
+    _, made, _ = small
+    assert made.figure_only >= {"ensemble_3"} and not made.figure_only & {"ours", "single"}
+    cells = {"sciq": dict.fromkeys(("single", "ours"), {})}
+    assert report.points_of("figure2", SHOWN, cells, made.figure_only) == {}
+    cells["sciq"]["ensemble_3"] = {}
+    assert report.points_of("figure2", SHOWN, cells, made.figure_only) == {
+        "sciq": {1: "single", 3: "ensemble_3", 4: "ours"}
+    }
+
+
 def test_the_verdict_is_what_the_interval_says():
     def cells(low, high, pgr=None):
         ours = {

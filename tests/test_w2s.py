@@ -421,7 +421,7 @@ def test_datasets_and_pandas_read_what_a_run_writes(done, tmp_path):
 
 def test_tensorboard_shows_every_step(done, tmp_path):
     out = done[0].folder.parent
-    made = report.Report(read_jsonl(out / "results.jsonl")[:1], [], {}, [], {}, {})
+    made = report.Report(read_jsonl(out / "results.jsonl")[:1], [], {}, [], {}, {}, set())
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for _ in range(2):  # the second time nothing is written
         report.write_tensorboard(made, out, tmp_path)
