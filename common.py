@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import gzip
 import hashlib
 import json
@@ -22,12 +21,6 @@ class InputError(ValueError):
     """Bad input by the user: one line that names the value and the choices; the scripts exit with code 2."""
 
 
-def print0(*parts: object, **options) -> None:
-    """Print on rank 0 only."""
-    if rank() == 0:
-        print(*parts, flush=True, **options)
-
-
 def stable_hash(*parts: object) -> int:
     """A 63-bit integer from names and numbers: the same on every machine and in every process."""
     text = "\x1f".join(map(str, parts)).encode()
@@ -37,28 +30,82 @@ def stable_hash(*parts: object) -> int:
 # ---- processes: those that torchrun started, or this one alone ----
 
 
-_group: list = [None]  # the torch.distributed group that works together now; None: all processes
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Processes that work together: this one's rank among `size`, and their torch.distributed group (None: all there are).
+
+    `index` of `count` such groups is this one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: object = None
+    index: int = 0
+    count: int = 1
+
+    def gather(self, value) -> list:
+        """Every rank's `value` (anything that pickles), by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value):
+        """Rank 0's `value`, on every rank."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
+    def print(self, *parts: object) -> None:
+        """Print on rank 0 only."""
+        if self.rank == 0:
+            print(*parts, flush=True)
+
+    def split(self, size: int) -> "Ranks":
+        """This rank's group of `size` consecutive ranks (0: all). Every rank must ask.
+
+        Raises InputError where `size` does not divide the number of ranks.
+        """
+        size = min(size, self.size) or self.size
+        if self.size % size:
+            raise InputError(
+                f"{self.size} processes cannot be cut into groups of {size} (--weak-gpus, --strong-gpus): choose a divisor"
+            )
+        if size == self.size:
+            return self
+        import torch.distributed as dist
+
+        starts = range(0, self.size, size)
+        groups = [dist.new_group(range(n, n + size), timeout=timedelta(days=1)) for n in starts]
+        mine = self.rank // size
+        return Ranks(self.rank % size, size, groups[mine], mine, len(groups))
 
 
-def process_group():
-    return _group[-1]
+ALONE = Ranks()
 
 
-def rank() -> int:
-    return process_group().rank() if process_group() else int(os.environ.get("RANK", 0))
+def world() -> Ranks:
+    """All processes that torchrun started, or this one alone."""
+    return Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def world_size() -> int:
-    return process_group().size() if process_group() else int(os.environ.get("WORLD_SIZE", 1))
+def print0(*parts: object) -> None:
+    """Print in the first process only."""
+    world().print(*parts)
 
 
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
     """Initialise torch.distributed under torchrun, one GPU per rank where there are GPUs; destroy it at the end.
 
-    NCCL for tensors on GPUs, gloo for the rest. With one process this does nothing, and the functions below still work.
+    NCCL for tensors on GPUs, gloo for the rest. With one process this does nothing.
     """
-    if world_size() == 1:
+    if world().size == 1:
         yield
         return
     import torch
@@ -70,57 +117,6 @@ def distributed() -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(days=1))  # a rank may wait long for the others' share
     yield  # after an exception the others may be waiting: no clean end, torchrun stops them
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def in_groups(size: int) -> Iterator[tuple[int, int]]:
-    """Split the ranks into groups of `size` (0: one group), which train different runs in parallel; yields index and count.
-
-    Inside, `rank`, `world_size` and the collectives below are the group's. All ranks wait for each other at the end.
-    Raises InputError where `size` does not divide the world size.
-    """
-    me, world = rank(), world_size()
-    size = min(size, world) or world
-    if world % size:
-        raise InputError(
-            f"{world} processes cannot be cut into groups of {size} (--weak-gpus, --strong-gpus): choose a divisor"
-        )
-    if size < world:
-        _group.append(groups_of(size)[me // size])
-    yield me // size, world // size
-    if size < world:
-        _group.pop()
-        barrier()
-
-
-@functools.cache
-def groups_of(size: int) -> list:
-    """Groups of `size` consecutive ranks; every process must ask."""
-    import torch.distributed as dist
-
-    starts = range(0, world_size(), size)
-    return [dist.new_group(range(n, n + size), timeout=timedelta(days=1)) for n in starts]
-
-
-def gather(value) -> list:
-    """Every rank's `value` (anything that pickles), by rank, on every rank."""
-    if world_size() == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values = [None] * world_size()
-    dist.all_gather_object(values, value, group=process_group())
-    return values
-
-
-def broadcast(value):
-    """Rank 0's `value`, on every rank."""
-    return gather(value if rank() == 0 else None)[0]
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    gather(None)
 
 
 # ---- files ----
@@ -270,9 +266,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     pass
 
 
-def flag(default: object = dataclasses.MISSING, help: str = "", kind: type = str, choices: tuple | None = None):
-    """A dataclass field that `parse_dataclass` turns into a flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices})
+def flag(
+    default: object = dataclasses.MISSING,
+    help: str = "",
+    kind: type = str,
+    choices: tuple | None = None,
+    speed: bool = False,
+):
+    """A dataclass field that `parse_dataclass` turns into a flag. `speed`: it changes nothing but speed and memory."""
+    return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "speed": speed})
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -281,7 +283,7 @@ def run_script(main: Callable[[], None]) -> None:
     Under several processes this one ends at once, with or without a failure: an interpreter that shuts down in the usual
     way can wait for ever for a communicator whose other ranks are in a collective, and gloo's threads can abort it.
     """
-    several, code = int(os.environ.get("WORLD_SIZE", 1)) > 1, 0
+    several, code = world().size > 1, 0
     try:
         with distributed():
             main()

@@ -28,27 +28,26 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import (
+    ALONE,
     InputError,
+    Ranks,
     align_by_id,
-    barrier,
-    broadcast,
     check_out,
     dump_row,
     flag,
     parse_dataclass,
     print0,
-    rank,
     read_jsonl,
     read_samples,
     run_script,
     stable_hash,
-    world_size,
+    world,
     write_jsonl,
 )
 from data.prepare import TASKS
 from generate import ENGINES, DebateConfig, Debater
 from model import ModelSpec
-from stages import Stage, locked, read_manifest
+from stages import Stage, State, locked, read_manifest
 
 PROTOCOLS = ("debate", "consultancy", "market_making")
 
@@ -214,6 +213,7 @@ def chunks(samples: list[dict], size: Callable[[int], int]) -> Iterator[list[dic
 def make_transcripts(
     debater: Callable[[], Debater], task: str, protocol: str, samples: list[dict], files: dict[int, Path], turns: int,
     size: Callable[[int, int, int], int], choose: Chooser | None = None, together: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict:  # fmt: skip
     """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
 
@@ -234,17 +234,19 @@ def make_transcripts(
     for n_turns, seeds in groups.items():
         begun = {k: {r["id"]: r for r in read_jsonl(files[k])} for k in seeds} if n_turns else None
         stems = {k: files[k].with_name(f"{files[k].name}.part{turns}") for k in seeds}  # one for each length
-        if rank() == 0:
+        if ranks.rank == 0:
             for stem in stems.values():
                 drop_torn_lines(stem)
-        barrier()
+        ranks.barrier()
         done = {k: read_parts(stems[k]) for k in seeds}
-        barrier()
+        ranks.barrier()
         at_once = functools.partial(size, seeds=len(seeds), turns=turns)
         pending = [c for c in chunks(samples, at_once) if not all(s["id"] in done[k] for k in seeds for s in c)]
-        me, copies = (0, 1) if together else (rank(), world_size())
+        me, copies = (0, 1) if together else (ranks.rank, ranks.size)
         mine = pending[me::copies]
-        bar = tqdm(total=sum(map(len, mine)) * len(seeds) * (turns - n_turns), unit="turn", disable=rank() > 0 or None)
+        bar = tqdm(
+            total=sum(map(len, mine)) * len(seeds) * (turns - n_turns), unit="turn", disable=ranks.rank > 0 or None
+        )
         bar.set_description(f"{task} {protocol} seeds {seeds}")
         start, new = time.time(), 0
         for c in mine:
@@ -260,15 +262,15 @@ def make_transcripts(
             )
             for k, seed_rows in zip(seeds, rows, strict=True):
                 fresh = [r for r in seed_rows if r["id"] not in done[k]]
-                if rank() == me:
+                if ranks.rank == me:
                     append_rows(stems[k].with_name(f"{stems[k].name}.rank{me}of{copies}"), fresh)
                 new += sum(sum(r["n_tokens"][n_turns:]) for r in fresh)
             bar.update(len(c) * len(seeds) * (turns - n_turns))
             each = f" x {copies} processes" if copies > 1 else ""
             bar.set_postfix_str(f"{new / (time.time() - start):.0f} tokens/s{each}")
         bar.close()
-        barrier()
-        if rank() == 0:
+        ranks.barrier()
+        if ranks.rank == 0:
             for k in seeds:
                 rows = align_by_id(list(read_parts(stems[k]).values()), ids, str(stems[k]))
                 write_jsonl(files[k], rows)
@@ -276,7 +278,7 @@ def make_transcripts(
                     part.unlink()
                 cost["new_tokens"] += sum(sum(r["n_tokens"][n_turns:]) for r in rows)
                 cost["turns"] += len(rows) * (turns - n_turns)
-    return broadcast(cost)
+    return ranks.broadcast(cost)
 
 
 def count_turns(rows: list[dict], path: Path) -> int:
@@ -371,25 +373,26 @@ def main() -> None:
     loaded: list[Debater] = []
 
     def debater() -> Debater:
-        loaded[:] = loaded or [ENGINES[config.engine](ModelSpec.parse(args.strong), config)]
+        loaded[:] = loaded or [ENGINES[config.engine](ModelSpec.parse(args.strong), config, world())]
         return loaded[0]
 
-    def make(folder: Path) -> dict:
+    def make(folder: Path, ranks: Ranks) -> dict:
         return make_transcripts(
             debater, args.task, args.protocol, samples, files, args.turns, config.batch_size, choose,
-            config.engine == "sharded",
+            config.engine == "sharded", ranks,
         )  # fmt: skip
 
     asked = {"task": args.task, "protocol": args.protocol, "model": ModelSpec.parse(args.strong).identity()}
     inputs = {name: Path(path) for name in ("samples", "choices") if (path := getattr(args, name))}
     turns = {str(k): args.turns for k in args.seed}
     stage = Stage(out, asked | dataclasses.asdict(config), inputs, make, minimum=turns, on_all_ranks=True)
-    if why := stage.conflict():
-        raise InputError(f"--out {args.out!r} holds something else ({why}); name another folder")
-    if stage.difference() != []:
+    state, why = stage.state()
+    if state is State.STALE:
+        raise InputError(f"--out {args.out!r} holds something else ({'; '.join(why)}); name another folder")
+    if state is not State.DONE:
         debater()  # a model that cannot be loaded ends here, before anything is written
     with locked(out):
-        made = stage.run()
+        made = stage.run(world())
     cost = {k: v for k, v in read_manifest(out).items() if k in ("new_tokens", "turns", "seconds")}
     print0(json.dumps(cost) if made else f"nothing to do: {out} holds all of it")
     first = {r["id"]: r for r in read_jsonl(files[args.seed[0]])}

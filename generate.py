@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from common import InputError, flag, process_group, stable_hash, world_size
+from common import ALONE, InputError, Ranks, flag, stable_hash
 from model import ModelSpec, device, load_config, load_model, load_tokenizer, resolve_dtype
 
 
@@ -29,7 +29,7 @@ class DebateConfig:
         False, "ask through the model's chat template (for a chat model); default: the plain prompt", bool
     )
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
-    cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int)
+    cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int, speed=True)
     engine: str = flag("replicated", "replicated: a copy of the model per process; sharded: one copy over all; vllm",
                        choices=("replicated", "sharded", "vllm"))  # fmt: skip
 
@@ -203,8 +203,8 @@ def check_chat(spec: ModelSpec, chat: bool, tokenizer) -> None:
 class Debater:
     """The strong model as a speaker: prompts in, arguments out."""
 
-    def __init__(self, spec: ModelSpec, config: DebateConfig):
-        self.spec, self.config = spec, config
+    def __init__(self, spec: ModelSpec, config: DebateConfig, ranks: Ranks = ALONE):
+        self.spec, self.config, self.ranks = spec, config, ranks
         self.tokenizer = load_tokenizer(spec)
         check_chat(spec, config.chat, self.tokenizer)
         ends = {self.tokenizer.eos_token_id}
@@ -302,19 +302,19 @@ class ShardedDebater(Debater):
     """
 
     def load(self) -> None:
-        if world_size() == 1:
+        if self.ranks.size == 1:
             raise InputError("--engine sharded: spreads a model over processes, here is one; start with torchrun")
         heads = load_config(self.spec).num_key_value_heads
-        if heads % world_size():
+        if heads % self.ranks.size:
             raise InputError(
-                f"--engine sharded: {world_size()} processes cannot share the {heads} key heads of {self.spec.name!r}"
+                f"--engine sharded: {self.ranks.size} processes cannot share the {heads} key heads of {self.spec.name!r}"
             )
-        super().load(transformers.distributed.DistributedConfig(tp_size=world_size(), tp_plan="auto"))
+        super().load(transformers.distributed.DistributedConfig(tp_size=self.ranks.size, tp_plan="auto"))
 
     def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
         """Rank 0's tokens on every rank: one bit that differs in the logits would end in caches that differ."""
         token = super().sample(logits, keys)
-        torch.distributed.broadcast(token, group_src=0, group=process_group())
+        torch.distributed.broadcast(token, group_src=0, group=self.ranks.group)
         return token
 
 
@@ -332,7 +332,7 @@ class VllmDebater(Debater):
             raise InputError(
                 "--engine vllm: vllm is not installed here; `pip install vllm`, or --engine replicated"
             ) from None
-        if self.spec.layers or world_size() > 1:
+        if self.spec.layers or self.ranks.size > 1:
             raise InputError("--engine vllm: takes a whole model, and one process (no torchrun)")
         source, config = self.spec.source(), self.config
         self.model = vllm.LLM(

@@ -18,7 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import InputError, process_group, rank, read_json, world_size, write_text
+from common import ALONE, InputError, Ranks, read_json, write_text
 from data.convert_qwen import FIRST_QWEN, converted_folder
 from data.models import BUILTIN, builtin_folder
 from kernels import resolve
@@ -247,9 +247,9 @@ class Classifier:
     """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights."""
 
     def __init__(
-        self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto", sharded: bool = False
+        self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto", ranks: Ranks = ALONE
     ):
-        self.kernels, self.sharded = resolve(kernels), sharded and world_size() > 1
+        self.kernels, self.ranks, self.sharded = resolve(kernels), ranks, ranks.size > 1
         self.tokenizer = load_tokenizer(spec)
         eager = torch.compiler.disable(packed_attention)  # lengths differ: every batch would compile a graph of its own
         transformers.AttentionInterface.register("packed", eager)
@@ -292,7 +292,7 @@ class Classifier:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = DeviceMesh.from_group(process_group() or torch.distributed.group.WORLD, device().type)
+        mesh = DeviceMesh.from_group(self.ranks.group or torch.distributed.group.WORLD, device().type)
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
             fully_shard(module.to(device(), torch.float32), mesh=mesh, mp_policy=policy)
@@ -414,9 +414,9 @@ def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) 
     weights = {}
     for name, x in classifier.model.state_dict().items():
         whole = x.full_tensor() if hasattr(x, "full_tensor") else x  # the shards of all ranks, one weight at a time
-        if rank() == 0:
+        if classifier.ranks.rank == 0:
             weights[name] = whole.to("cpu", copy=True)  # not the view of a padded buffer that it may be
-    if rank() == 0:  # not by the model's save_pretrained, which writes on global rank 0 alone
+    if classifier.ranks.rank == 0:  # not by the model's save_pretrained, which writes on global rank 0 alone
         config = classifier.model.config
         config.architectures = [type(classifier.model).__name__]
         config.dtype = weights["score.weight"].dtype  # float32: loaded so, the head is not rounded

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import enum
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from common import ROOT, InputError, barrier, broadcast, print0, rank, read_json, write_text
+from common import ALONE, ROOT, InputError, Ranks, read_json, world, write_text
 
 _digests: dict[tuple, str] = {}
 
@@ -33,111 +34,142 @@ def digest(path: Path) -> str:
     return _digests[key]
 
 
+def settings_of(settings, **more) -> dict:
+    """Of a dataclass of flags what a Stage compares, with `more`; the values of fields that are new; and what is recorded only."""
+    fields = dataclasses.fields(settings)
+    speed = {f.name: getattr(settings, f.name) for f in fields if f.metadata.get("speed")}
+    config = {f.name: getattr(settings, f.name) for f in fields if f.name not in speed}
+    return {
+        "config": config | more,
+        "defaults": {f.name: f.default for f in fields if f.name not in speed},
+        "speed": speed,
+    }
+
+
+class State(enum.Enum):
+    """What there is of a stage."""
+
+    MISSING = "missing"  # nothing
+    BEGUN = "begun"  # unfinished, for the same work: `make` continues it
+    SHORT = "short"  # finished with less than `minimum`: `make` continues it
+    STALE = "stale"  # of other settings, inputs or code, or changed since: it is moved aside
+    DONE = "done"
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One resumable step: `make(folder)` writes files into `folder` and returns what it cost (tokens, counts).
+    """One resumable step: `make(folder, ranks, ...)` writes files into `folder` and returns what it cost (tokens, counts).
 
-    The folder is done when its manifest.json, written last, holds the same config and the same digests of inputs (a
-    file, a folder, or a function that computes the digest). It may contain more than `minimum`; when it has less, and
-    nothing else differs, `make` continues what is there. Under several processes rank 0 makes it while the others
-    wait, unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` is how many are to
-    make it together while others make its neighbours (0: all). `twins` are folders of other tasks: where one holds the
-    result of the same config and inputs, it is copied, not computed again.
+    The folder is done when its manifest.json, written last, holds the same `config`, the same digests of `inputs` (a file,
+    a folder, or a function that computes the digest) and of the `code` that can be reached (reach.py). It may contain more
+    than `minimum`. A setting that an older manifest lacks had the value in `defaults`. `speed` is recorded, not compared. Under several processes rank 0 makes it while the others wait,
+    unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` is how many make it
+    together while others make its neighbours (0: all). `twins` are folders of other tasks: where one holds the result of
+    the same config, inputs and code, it is copied. `work` says what the stage does, for plan.py.
     """
 
     folder: Path
     config: dict
     inputs: dict[str, Path | Callable[[], str]]
-    make: Callable[[Path], dict]
+    make: Callable[..., dict]
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
+    defaults: dict = dataclasses.field(default_factory=dict)
+    speed: dict = dataclasses.field(default_factory=dict)
     minimum: dict[str, int] = dataclasses.field(default_factory=dict)
     on_all_ranks: bool = False
     group_size: int = 0
     twins: tuple[Path, ...] = ()
+    work: object = None
 
     def wanted(self) -> dict:
         return {
             "config": json.loads(json.dumps(self.config)),
             "inputs": {name: what() if callable(what) else digest(what) for name, what in self.inputs.items()},
+            "code": self.code,
         }
 
-    def difference(self) -> list[str] | None:
-        """None when there is no manifest; else what differs between the manifest and what is asked for ([]: done)."""
+    def state(self) -> tuple[State, list[str]]:
+        """What there is, and why it is not done."""
         have = read_manifest(self.folder)
-        if not have:
-            return have if have is None else ["manifest.json is not readable"]
+        there = {p.name for p in self.folder.iterdir() if is_output(p)} if self.folder.exists() else set()
         try:
             want = self.wanted()
         except FileNotFoundError as e:
-            return [f"input {e.filename} is missing"]
-        lines = []
-        for part in ("config", "inputs"):
-            old, new = have.get(part, {}), want[part]
-            lines += [
-                f"{part}.{k}: {str(old.get(k))[:60]} -> {str(new.get(k))[:60]}"
-                for k in sorted(old.keys() | new.keys())
-                if old.get(k) != new.get(k)
-            ]
-        for name, recorded in have.get("outputs", {}).items():
-            file = self.folder / name
-            if not file.exists():
-                lines.append(f"output {name} is missing")
-            elif digest(file) != recorded:
-                lines.append(f"output {name} was changed after it was written")
-        return lines + self.too_few(have)
-
-    def too_few(self, have: dict) -> list[str]:
+            return (State.STALE if have else State.MISSING), [f"input {e.filename} is missing"]
+        if have is None and read_json(self.folder / "started.json") == want:
+            return State.BEGUN, []
+        if have is None:
+            how = (
+                "begun with other settings"
+                if "started.json" in there
+                else f"{min(there, default='')}, of unknown origin"
+            )
+            return (State.STALE, [how]) if there - {"started.json"} else (State.MISSING, [])
+        if not have:
+            return State.STALE, ["manifest.json is not readable"]
+        if why := differences(self.filled(have), want) + self.changed_outputs(have):
+            return State.STALE, why
         got = have.get("minimum", {})
-        return [f"{k}: {got.get(k, 0)} -> {n}" for k, n in self.minimum.items() if got.get(k, 0) < n]
+        few = [f"{k}: {got.get(k, 0)} -> {n}" for k, n in self.minimum.items() if got.get(k, 0) < n]
+        return (State.SHORT, few) if few else (State.DONE, [])
 
-    def run(self) -> bool:
+    def filled(self, have: dict) -> dict:
+        """A manifest with the settings that there were not when it was written."""
+        since = {k: v for k, v in self.defaults.items() if k in self.config}
+        return have | {"config": since | have.get("config", {})}
+
+    def changed_outputs(self, have: dict) -> list[str]:
+        """Files of a finished stage that are no longer what it wrote."""
+        lines = []
+        for name, recorded in have.get("outputs", {}).items():
+            if not (self.folder / name).exists():
+                lines.append(f"output {name} is missing")
+            elif digest(self.folder / name) != recorded:
+                lines.append(f"output {name} was changed after it was written")
+        return lines
+
+    def run(self, ranks: Ranks = ALONE, *more) -> bool:
         """Make the stage unless it is done; True if it was made. A stale folder is moved aside, never overwritten.
 
-        started.json says what an unfinished folder was begun for, so that only the same work continues it.
+        started.json says what an unfinished folder was begun for, so that only the same work continues it. `more` is
+        handed on to `make`.
         """
-        begun = broadcast(self.begin() if rank() == 0 else None)
+        begun = ranks.broadcast(self.begin() if ranks.rank == 0 else None)
         if begun is None:
             return False
         start = time.time()
-        cost = self.make(self.folder) if self.on_all_ranks or rank() == 0 else {}
-        if rank() == 0:
+        cost = self.make(self.folder, ranks, *more) if self.on_all_ranks or ranks.rank == 0 else {}
+        if ranks.rank == 0:
             self.finish(*begun, {"seconds": round(time.time() - start, 3), **cost})
-        barrier()
+        ranks.barrier()
         return True
 
     def begin(self) -> tuple[dict, dict] | None:
         """None when the stage is done; else what is wanted, and the manifest that it continues. Readies the folder."""
-        difference = self.difference()
-        if difference == [] or difference is None and self.copied():
+        state, why = self.state()
+        if state is State.DONE:
+            have = read_manifest(self.folder)
+            if have != (filled := self.filled(have)):  # should a default change later, this is still known
+                write_manifest(self.folder, filled)
+        if state is State.DONE or state is State.MISSING and self.copied():
             return None
-        want, before = self.wanted(), read_manifest(self.folder) or {}
-        if why := self.conflict():
-            before, aside = {}, free_name(self.folder)
-            print0(f"stale: {self.folder} ({why}); the old files are now in {aside.name}")
+        if state is State.STALE:
+            aside = free_name(self.folder)
+            print(f"stale: {self.folder} ({'; '.join(why)}); the old files are now in {aside.name}", flush=True)
             os.replace(self.folder, aside)
+        want = self.wanted()
         write_text(self.folder / "started.json", json.dumps(want))
-        return want, before
+        return want, read_manifest(self.folder) or {}
 
     def copied(self) -> bool:
         """Whether a twin was finished; its files are then this stage's too, the manifest last."""
         for twin in self.twins:
-            if dataclasses.replace(self, folder=twin).difference() == [] and not self.conflict():
+            if dataclasses.replace(self, folder=twin).state()[0] is State.DONE:
                 leave_out = shutil.ignore_patterns("manifest.json", "*.tmp")
                 shutil.copytree(twin, self.folder, ignore=leave_out, dirs_exist_ok=True)
-                manifest = read_manifest(twin) | {"copied_from": str(twin)}
-                write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+                write_manifest(self.folder, read_manifest(twin) | {"copied_from": str(twin)})
                 return True
         return False
-
-    def conflict(self) -> str:
-        """The reason why the folder cannot be reused, or "": it is empty, or holds this stage finished or unfinished."""
-        difference = self.difference()
-        files = {p.name for p in self.folder.iterdir() if is_output(p)} if self.folder.exists() else set()
-        begun = read_json(self.folder / "started.json") == self.wanted()
-        grown = difference and difference == self.too_few(read_manifest(self.folder) or {})
-        if difference == [] or begun or grown or not files - {"started.json"}:
-            return ""
-        unknown = "begun with other settings" if "started.json" in files else f"{min(files)}, of unknown origin"
-        return "; ".join(difference or [unknown])
 
     def finish(self, want: dict, before: dict, spent: dict) -> None:
         """Write the manifest: what was wanted, what there is, what it cost."""
@@ -149,9 +181,39 @@ class Stage:
         if before:  # continued: what it cost before counts too
             spent |= {k: v + before.get(k, 0) for k, v in spent.items() if isinstance(v, int | float)}
         more = {k: max(n, self.minimum.get(k, 0)) for k, n in (before.get("minimum", {}) | self.minimum).items()}
-        manifest = want | {"minimum": more, "outputs": outputs, **spent, **provenance()}
-        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        made = want | {"speed": self.speed, "minimum": more, "outputs": outputs, **spent, **provenance()}
+        write_manifest(self.folder, made)
         (self.folder / "started.json").unlink()
+
+    def accept(self) -> bool:
+        """Take what is there as made by the code as it now is, where nothing but the code differs; True if it did."""
+        have = read_manifest(self.folder)
+        if not have or self.changed_outputs(have) or differences(have | {"code": self.code}, want := self.wanted()):
+            return False
+        changed = differences(have, want)
+        accepted = [*have.get("accepted", []), {"commit": git_commit(), "changed": changed}]
+        write_manifest(self.folder, have | {"code": self.code, "accepted": accepted})
+        return bool(changed)
+
+
+def differences(have: dict, want: dict) -> list[str]:
+    """What two manifests were made of, where they differ."""
+    lines = []
+    for part in ("config", "inputs"):
+        old, new = have.get(part, {}), want[part]
+        lines += [
+            f"{part}.{k}: {str(old.get(k))[:60]} -> {str(new.get(k))[:60]}"
+            for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k)
+        ]
+    old, new = have.get("code", {}), want["code"]
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return lines + ([f"code: {', '.join(changed[:3])}{more}"] if changed else [])
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def is_output(path: Path) -> bool:
@@ -162,9 +224,9 @@ def is_output(path: Path) -> bool:
 def read_manifest(folder: Path) -> dict | None:
     """A stage's manifest: None where there is none, empty where it is not what a stage writes."""
     have = read_json(folder / "manifest.json")
-    parts = [(have or {}).get(part, {}) for part in ("config", "inputs", "outputs", "minimum")]
+    parts = [(have or {}).get(part, {}) for part in ("config", "inputs", "code", "outputs", "minimum")]
     plain = isinstance((have or {}).get("seconds", 0), int | float)
-    whole = plain and all(isinstance(p, dict) for p in parts) and all(type(n) is int for n in parts[3].values())
+    whole = plain and all(isinstance(p, dict) for p in parts) and all(type(n) is int for n in parts[4].values())
     return have if whole else {}
 
 
@@ -201,7 +263,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     A lock of the kernel: on a network file system it holds among nodes only where that carries locks.
     """
-    if rank() > 0:
+    if world().rank > 0:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)

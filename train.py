@@ -23,18 +23,16 @@ from tqdm import tqdm
 
 from common import (
     InputError,
+    Ranks,
     check_out,
     dump_row,
     flag,
-    gather,
     parse_dataclass,
     print0,
-    process_group,
-    rank,
     read_samples,
     run_script,
     stable_hash,
-    world_size,
+    world,
     write_jsonl,
 )
 from kernels import CHOICES, conf_loss, resolve
@@ -101,11 +99,11 @@ class TrainConfig:
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
     kernels: str = flag(
-        "auto", "head, loss and its gradient: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES
+        "auto", "head, loss and its gradient: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True
     )
-    max_tokens_per_forward: int = flag(32768, "most tokens in one forward; does not change the result", int)
-    checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool)
-    compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool)
+    max_tokens_per_forward: int = flag(32768, "most tokens in one forward; does not change the result", int, speed=True)
+    checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool, speed=True)
+    compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool, speed=True)
     alpha: float = flag(1.0, "product loss: exponent of the labels", float)
     beta: float = flag(1.0, "product loss: exponent of the model's own probabilities", float)
     aux_coef: float = flag(0.5, "logconf loss: weight of the model's own hardened predictions", float)
@@ -167,9 +165,9 @@ def finetune(
     if classifier.kernels != "reference":
         check_kernel(config, classifier.kernels, dev)
     schedule, max_tokens = list(batches(len(samples), config)), config.max_tokens_per_forward
-    log = StepLog(f"finetune {classifier.spec.name}", len(schedule), steps_file)
+    log = StepLog(f"finetune {classifier.spec.name}", len(schedule), classifier.ranks, steps_file)
     n_tokens = 0
-    for step, batch in enumerate(tqdm(schedule, desc=log.name, leave=False, disable=rank() > 0 or None)):
+    for step, batch in enumerate(tqdm(schedule, desc=log.name, leave=False, disable=classifier.ranks.rank > 0 or None)):
         y, tokens = to_device(labels[batch], dev), [samples[i] for i in batch]
         while True:
             try:
@@ -181,7 +179,7 @@ def finetune(
                     raise
             classifier.optimizer.zero_gradients()
             torch.cuda.empty_cache()
-            print0(
+            classifier.ranks.print(
                 f"out of memory at step {step}: again with --max-tokens-per-forward {max_tokens}, which gives the same result"
             )
         lr = lr_at(step, len(schedule), config.lr)
@@ -199,13 +197,14 @@ class StepLog:
     Reading a loss synchronises with the GPU: there it is done every 20 steps, or after 5 s.
     """
 
-    def __init__(self, name: str, n_steps: int, file: Path | None = None):
-        self.name, self.n_steps, self.file, self.start = name, n_steps, file, time.time()
+    def __init__(self, name: str, n_steps: int, ranks: Ranks, file: Path | None = None):
+        self.name, self.n_steps, self.ranks, self.start = name, n_steps, ranks, time.time()
+        self.file = file if ranks.rank == 0 else None
         self.rows: list[dict] = []
         self.pending_losses: list[Tensor] = []
         self.read_at, self.printed = 0.0, 0  # seconds; twentieths of the run
-        if file and rank() == 0:
-            write_jsonl(file, [])
+        if self.file:
+            write_jsonl(self.file, [])
 
     def add(self, loss: Tensor, **row: float) -> None:
         """Raises FloatingPointError where a loss that is read is not finite."""
@@ -220,13 +219,13 @@ class StepLog:
                 raise FloatingPointError(f"loss is {value} at step {r['step']} of {self.n_steps}")
             r["loss"] = value
         self.pending_losses.clear()
-        if self.file and rank() == 0:
+        if self.file:
             with open(self.file, "a", encoding="utf-8") as f:
                 f.write("".join(map(dump_row, fresh)))
         if int(20 * done) > self.printed and seconds / done >= 20:
             self.printed = int(20 * done)
             with tqdm.external_write_mode():
-                print0(progress_line(self.name, self.n_steps, self.rows[-1]))
+                self.ranks.print(progress_line(self.name, self.n_steps, self.rows[-1]))
 
 
 def progress_line(name: str, n_steps: int, row: dict) -> str:
@@ -246,8 +245,8 @@ def backward_batch(
     Every rank runs its share of the samples. A rank with nothing left runs a forward without gradient, so that
     collectives match.
     """
-    ranks = world_size() if classifier.sharded else 1
-    mine = split_over_ranks([len(t) for t in tokens], max_tokens, ranks)[rank() % ranks]
+    ranks = classifier.ranks
+    mine = split_over_ranks([len(t) for t in tokens], max_tokens, ranks.size)[ranks.rank]
     rows = [to_device(torch.tensor(m, dtype=torch.long), y.device) for m in mine]
 
     def forward(m: list[int]) -> Tensor:
@@ -258,17 +257,17 @@ def backward_batch(
     z = torch.zeros_like(y)
     for r, out in zip(rows, logits, strict=True):
         z.index_copy_(0, r, out.detach()[: len(r)])
-    if ranks > 1:
-        torch.distributed.all_reduce(z, group=process_group())
+    if ranks.size > 1:
+        torch.distributed.all_reduce(z, group=ranks.group)
     loss, gradient = loss_and_gradient(z, y, step_frac, config, classifier.kernels)
     for n, (m, r) in enumerate(zip(mine, rows, strict=True)):
         out = logits[0] if len(mine) == 1 else forward(m)
         of_rows = torch.zeros_like(out)
-        of_rows[: len(r)] = ranks * gradient[r]  # FSDP takes the mean over ranks
+        of_rows[: len(r)] = ranks.size * gradient[r]  # FSDP takes the mean over ranks
         out.backward(of_rows)
         classifier.optimizer.accumulate_grads(first=n == 0)
-    if ranks > 1:
-        torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks), group=process_group())
+    if ranks.size > 1:
+        torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks.size), group=ranks.group)
     return loss
 
 
@@ -289,12 +288,12 @@ def forward_all(classifier: Classifier, texts: list[str], config: TrainConfig, f
     lengths = [len(s) for s in samples]
     order = sorted(range(len(samples)), key=lambda i: lengths[i])
     slices = micro_batches(order, lengths, min(config.max_tokens_per_forward, 4096))
-    ranks, me = (world_size(), rank()) if classifier.sharded else (1, 0)
+    ranks, me = classifier.ranks.size, classifier.ranks.rank
     out: dict[int, Tensor] = {}
-    for n in tqdm(range(0, len(slices), ranks), desc="forward", leave=False, disable=rank() > 0 or None):
+    for n in tqdm(range(0, len(slices), ranks), desc="forward", leave=False, disable=me > 0 or None):
         y = fn([samples[i] for i in slices[min(n + me, len(slices) - 1)]])  # past the end the last one, to go along
         out |= {n + me: y.cpu()} if n + me < len(slices) else {}
-    parts = gather(out) if ranks > 1 else [out]
+    parts = classifier.ranks.gather(out)
     return torch.cat([parts[n % ranks][n] for n in range(len(slices))])[torch.tensor(order).argsort()]
 
 
@@ -364,15 +363,13 @@ def main() -> None:
         raise InputError(f"--train {args.train}: {n_classes} classes; --loss logconf takes 2 classes")
     if (labels == labels[0]).all() and labels[0].max() == 1 and len(labels) > 1:
         raise InputError(f"--train {args.train}: all {len(labels)} rows have the same label, there is nothing to learn")
-    classifier = Classifier(
-        ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels, sharded=True
-    )
+    classifier = Classifier(ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels, world())
     print0(f"{args.model} in {classifier.dtype}, kernels: {classifier.kernels}")
     cost = finetune(classifier, [r["text"] for r in train], labels, config, out / "steps.jsonl")
     probs = predict(classifier, [r["text"] for r in test], config)
     if args.keep_model:
         save_model(classifier, out / "model", config, Path(args.train).name)
-    if rank() == 0:
+    if world().rank == 0:
         write_jsonl(out / "predictions.jsonl", prediction_rows(test, probs))
     scored = [int(p.argmax()) == r["label"] for r, p in zip(test, probs, strict=True) if "label" in r]
     accuracy = f", accuracy {sum(scored) / len(scored):.4f} on {len(scored)}" if scored else ""

@@ -17,14 +17,13 @@ import dataclasses
 import functools
 import gc
 import hashlib
-import importlib.util
-import inspect
 import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,598 +31,524 @@ import data.prepare
 import debate
 import generate
 import heads
+import model
 import page
 import plan as estimate
 import report
-import stats
 import train
 from common import (
-    ROOT,
+    ALONE,
     InputError,
+    Ranks,
     align_by_id,
     check_out,
-    flag,
-    gather,
-    in_groups,
     parse_given,
     print0,
-    rank,
     read_jsonl,
     run_script,
+    world,
     write_jsonl,
     write_text,
 )
+from config import FIGURE_METHODS, METHODS, NO_FIGURES, REFERENCE_RUNS, ZERO_SHOT, Config, Method, show_config
 from debate import PROTOCOLS, assign_side, judge_input, transcript_text, with_evidence
 from generate import DebateConfig
-from kernels import CHOICES, conf_loss, resolve
-from model import Classifier, ModelSpec, load_tokenizer, resolve_dtype
-from stages import Stage, digest, is_locked, locked, read_manifest
+from model import Classifier, ModelSpec, load_tokenizer
+from reach import reached
+from stages import Stage, State, digest, is_locked, locked, read_manifest, settings_of
 from train import TrainConfig
 
-# ---- what is compared ----
+# ---- what a stage does ----
+
+
+class Debates(NamedTuple):
+    """Transcripts of one protocol: how many turns for each debate seed."""
+
+    protocol: str
+    model: ModelSpec
+    turns: dict[int, int]
+
+
+class ZeroShot(NamedTuple):
+    """What a model answers without training."""
+
+    model: ModelSpec
+    evidence: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """One way to supervise: a row of a table or a point of a figure.
+class Run:
+    """One finetuning: `model` learns `labels` of the samples of `part` and predicts those of `predicts`.
 
-    `reads` is what the members, the judges, read beside the question: a protocol's transcripts (debate, consultancy,
-    market_making), sides (without their arguments), evidence (the passage itself), or nothing. `members` are pairs
-    (debate seed, finetuning seed), `loss` is the student's, and `shown` says where: "table2", or "figure2:3" for the
-    point at 3.
+    `reads` is what it sees of a sample (see Method); of a protocol's transcripts it reads the first `turns` turns of
+    `debate_seed`. `labels` is a file; without one, the part's own ground truth.
     """
 
-    label: str
-    reads: str
-    members: tuple[tuple[int, int], ...]
-    shown: tuple[str, ...]
-    turns: int = 3
-    loss: str = "xent"
+    name: str
+    model: ModelSpec
+    train: TrainConfig
+    reads: str = "nothing"
+    debate_seed: int = 0
+    turns: int = 0
+    order: str = "first"  # of transcript and question
+    part: str = "train_b"
+    labels: Path | None = None
+    predicts: tuple[str, ...] = ("train_b", "test")
+    keep: bool = False
+    heads: bool = False
 
-
-def debate_ensemble(size: int) -> tuple[tuple[int, int], ...]:
-    """Members that read differently sampled debates."""
-    return tuple((k, 0) for k in range(size))
-
-
-def finetune_ensemble(size: int) -> tuple[tuple[int, int], ...]:
-    """Members that read the same debates and differ in their finetuning seed."""
-    return tuple((0, j) for j in range(size))
-
-
-SINGLE, FOUR = debate_ensemble(1), debate_ensemble(4)
-EVERYWHERE = ("table2", "table4", "table5", "figure2:4", "figure3:3")
-METHODS = {
-    "finetune": Method("finetune", "nothing", SINGLE, ("table2",)),
-    "finetune_aux": Method("finetune w/ aux. loss", "nothing", SINGLE, ("table2",), loss="logconf"),
-    "finetune_pro": Method("finetune w/ pro. loss", "nothing", SINGLE, ("table2",), loss="product"),
-    "consultancy": Method("consultancy", "consultancy", FOUR, ("table4",)),
-    "market_making": Method("market-making", "market_making", FOUR, ("table4",)),
-    "single": Method("single weak model", "debate", SINGLE, ("table5", "figure2:1")),
-    "finetune_ensembles": Method("finetune ensembles", "debate", finetune_ensemble(4), ("table5",)),
-    "ours": Method("ours (debate ensembles)", "debate", FOUR, EVERYWHERE),
-    "naive_ensemble": Method("naive ensemble (control)", "nothing", finetune_ensemble(4), ("table5",)),
-    "no_argument": Method("sides without arguments (control)", "sides", finetune_ensemble(4), ("table5",)),
-    "evidence": Method("reads the evidence itself (bound)", "evidence", SINGLE, ("table5",)),
-    "ensemble_2": Method("2 members", "debate", debate_ensemble(2), ("figure2:2",)),
-    "ensemble_3": Method("3 members", "debate", debate_ensemble(3), ("figure2:3",)),
-    "ensemble_5": Method("5 members", "debate", debate_ensemble(5), ("figure2:5",)),
-    "ensemble_6": Method("6 members", "debate", debate_ensemble(6), ("figure2:6",)),
-    "turns_1": Method("1 turn", "debate", FOUR, ("figure3:1",), turns=1),
-    "turns_2": Method("2 turns", "debate", FOUR, ("figure3:2",), turns=2),
-    "turns_4": Method("4 turns", "debate", FOUR, ("figure3:4",), turns=4),
-    "turns_5": Method("5 turns", "debate", FOUR, ("figure3:5",), turns=5),
-    "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
-}
-TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
-ZERO_SHOT = dict(
-    zip(
-        stats.ZERO_SHOT,
-        ("weak model, zero-shot", "strong model, zero-shot", "strong model, zero-shot with evidence"),
-        strict=True,
-    )
-)
-REFERENCE_RUNS = dict(zip(stats.BOUNDS, ("weak performance", "strong ceiling"), strict=True))
-FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
-NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
-
-PAPER_TASKS = ("sciq", "boolq", "cosmos_qa", "anthropic_hh")
-PRESETS = {
-    "smoke": dict(
-        tasks=PAPER_TASKS, seeds=(0, 1), weak="random-small", strong="random-large", data_dir=str(ROOT / "data/tiny"),
-        lr=1e-2, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,
-    ),
-    "tiny": dict(
-        tasks=("places_evidence", "places"), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=440,
-        lr=2e-4, weak_lr=3e-4, batch_size=16, max_new_tokens=16, chat=True, dtype="bfloat16", cache_tokens=65536,
-        weak_gpus=1, strong_gpus=1,  # under several processes each trains a model of its own
-        methods=(*TABLE_METHODS, "ensemble_2", "turns_1", "turns_2"),
-    ),
-    "small": dict(
-        tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
-        limit_test=2000, max_new_tokens=150,
-    ),
-    "paper": dict(
-        tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
-        transcript="last",  # "appended to each sample", as the paper words it
-        cache_tokens=30_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
-    ),
-}  # fmt: skip
-PER_TASK = {  # where a task departs from its preset
-    ("tiny", "places"): dict(
-        methods=tuple(n for n in TABLE_METHODS if "table4" not in METHODS[n].shown or n == "ours")
-    ),
-}
+    def same_texts(self, other: "Run") -> bool:
+        """Whether two runs read the same, so that a frozen model's features serve both."""
+        mine, others = ((r.model, r.reads, r.debate_seed, r.turns, r.part) for r in (self, other))
+        return mine == others
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What holds for a task: flags over the preset's values for the task, over the preset's, over these defaults."""
+class Files:
+    """Where the samples and transcripts of a task lie."""
 
-    preset: str = flag("tiny", "sizes and models", choices=tuple(PRESETS))
-    tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
-    methods: tuple = flag(tuple(METHODS), "rows and points of the tables and figures", choices=tuple(METHODS))
-    seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
-    weak: str = flag("", "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")
-    strong: str = flag("", "strong model, likewise")
-    data_dir: str | None = flag(None, "folder with <task>/<split>.jsonl[.gz] in the hub's schema; default: the hub")
-    out: str | None = flag(None, "folder of the results; default: out/<preset>")
-    limit_train: int | None = flag(None, "training samples per task, both halves together", int)
-    limit_test: int | None = flag(None, "test samples per task", int)
-    max_sample_tokens: int = flag(1024, "longer samples are dropped, for all models", int)
-    lr: float = flag(TrainConfig.lr, "learning rate", float)
-    weak_lr: float | None = flag(None, "learning rate of the weak model; default: --lr", float)
-    epochs: int = flag(TrainConfig.epochs, "passes over the training samples", int)
-    batch_size: int = flag(TrainConfig.batch_size, "samples per optimizer step", int)
-    aux_warmup: str = flag(TrainConfig.aux_warmup, "of the confidence loss", choices=("openai", "linear"))
-    checkpointing: bool = flag(TrainConfig.checkpointing, "recompute activations to save memory", bool)
-    transcript: str = flag("first", "judges read it before or after the question", choices=("first", "last"))
-    max_new_tokens: int = flag(DebateConfig.max_new_tokens, "longest turn", int)
-    temperature: float = flag(DebateConfig.temperature, "of the debaters", float)
-    top_p: float = flag(DebateConfig.top_p, "of the debaters", float)
-    chat: bool = flag(DebateConfig.chat, "ask the debaters through their chat template", bool)
-    dtype: str = flag(TrainConfig.dtype, "of all models", choices=("auto", "float32", "bfloat16"))
-    kernels: str = flag(TrainConfig.kernels, "Triton or plain PyTorch in finetuning", choices=CHOICES)
-    engine: str = flag(
-        DebateConfig.engine,
-        "what generates the debates: replicated (a copy of the model per process), sharded (one over all), vllm",
-        choices=("replicated", "sharded", "vllm"),
+    folder: Path
+    task: str
+
+    def samples(self, part: str) -> Path:
+        return self.folder / f"data/{part}.jsonl"
+
+    def evidence(self, part: str) -> Path:
+        return self.folder / f"data/{part}.evidence.jsonl"
+
+    def transcripts(self, protocol: str, seed: int, part: str) -> Path:
+        return self.folder / f"transcripts/{protocol}/seed{seed}/{part}.jsonl"
+
+
+# ---- what a finetuned model reads of a sample: one function for each value of `reads` ----
+
+
+def read_nothing(run: Run, files: Files, part: str) -> list[dict]:
+    """The samples as they are: floor, ceiling, students and naive judges."""
+    return read_jsonl(files.samples(part))
+
+
+def read_evidence(run: Run, files: Files, part: str) -> list[dict]:
+    """The passage itself, in place of a debate about it."""
+    samples = joined(files.samples(part), files.evidence(part))
+    return [s | {"text": with_evidence(s["evidence"], s["text"])} for s in samples]
+
+
+def read_sides(run: Run, files: Files, part: str) -> list[dict]:
+    """The sides that the debaters take, without their arguments."""
+
+    def sides(sample: dict) -> str:
+        return transcript_text(files.task, "debate", [assign_side(sample["id"], turn) for turn in (0, 1)], ["", ""])
+
+    return [s | {"text": judge_input(s["text"], sides(s), run.order)} for s in read_jsonl(files.samples(part))]
+
+
+def read_transcript(run: Run, files: Files, part: str) -> list[dict]:
+    """The first turns of a transcript, and the question."""
+    samples = joined(files.samples(part), files.transcripts(run.reads, run.debate_seed, part))
+
+    def said(s: dict) -> str:
+        return transcript_text(files.task, run.reads, s["sides"][: run.turns], s["turns"][: run.turns])
+
+    return [s | {"text": judge_input(s["text"], said(s), run.order)} for s in samples]
+
+
+READ = {"nothing": read_nothing, "evidence": read_evidence, "sides": read_sides} | dict.fromkeys(
+    PROTOCOLS, read_transcript
+)
+
+
+def weak_choice(classifier: Classifier, task: str, order: str) -> Callable[[list[dict], list[dict]], list[int]]:
+    """For market-making: samples and their transcripts so far -> the class that the weak floor prefers."""
+
+    def shown(sample: dict, row: dict) -> str:
+        said = transcript_text(task, "market_making", row["sides"], row["turns"])
+        return judge_input(sample["text"], said, order) if row["turns"] else sample["text"]
+
+    def choose(samples: list[dict], rows: list[dict]) -> list[int]:
+        texts = [shown(s, r) for s, r in zip(samples, rows, strict=True)]
+        return train.predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
+
+    return choose
+
+
+# ---- the work of a stage ----
+
+
+class Held:
+    """The one model in memory: the classifier or the debater that is asked for. What was held before gives way first."""
+
+    def __init__(self):
+        self.key, self.model = None, None
+        self.heads: dict[str, dict] = {}  # of --head-only: what was predicted, by run
+
+    def get(self, load: type, *key):
+        """`load(*key)`, or what is held when it was made so."""
+        if (load, key) != self.key:
+            self.release()
+            self.key, self.model = (load, key), load(*key)
+        return self.model
+
+    def release(self) -> None:
+        if self.key:
+            self.key = self.model = None
+            gc.collect()  # sharded models hold on to themselves
+            torch.cuda.empty_cache()
+
+    def classifier(self, spec: ModelSpec, settings: TrainConfig, ranks: Ranks) -> Classifier:
+        return self.get(Classifier, spec, 2, getattr(torch, settings.dtype), settings.kernels, ranks)
+
+
+def make_data(
+    task: str, data_dir: str | None, models: tuple, limits: dict, out: Path, ranks: Ranks, held: Held
+) -> dict:
+    tokenizers = tuple(map(load_tokenizer, models))
+    return data.prepare.prepare(task, out, data_dir and Path(data_dir), tokenizers=tokenizers, **limits)
+
+
+def make_debates(
+    files: Files, work: Debates, settings: DebateConfig, judge: tuple | None, out: Path, ranks: Ranks, held: Held
+) -> dict:
+    """Transcripts of both halves. `judge` of market-making: the weak floor's folder and how its questions are made."""
+    cost: dict[str, int] = {}
+    choose = judge and weak_choice(Classifier(ModelSpec(str(judge[0])), 2, judge[1]), files.task, judge[2])
+    speaker = functools.partial(held.get, generate.ENGINES[settings.engine], work.model, settings, ranks)
+    for n in sorted(set(work.turns.values())):
+        for part in ("train_a", "train_b"):
+            rows = debated(files, part)
+            paths = {k: out / f"seed{k}" / f"{part}.jsonl" for k in work.turns if work.turns[k] == n}
+            new = debate.make_transcripts(
+                speaker, files.task, work.protocol, rows, paths, n, settings.batch_size, choose,
+                settings.engine == "sharded", ranks,
+            )  # fmt: skip
+            cost = {k: cost.get(k, 0) + v for k, v in new.items()}
+    held.release()
+    return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in work.turns}}
+
+
+def make_zero_shot(files: Files, work: ZeroShot, settings: DebateConfig, out: Path, ranks: Ranks, held: Held) -> dict:
+    """Class probabilities of train_b and test by the likelihood of the two sides' names."""
+    speaker = held.get(generate.Debater, work.model, settings)
+    for part in ("train_b", "test"):
+        rows = debated(files, part) if work.evidence else read_jsonl(files.samples(part))
+        probs = debate.zero_shot(speaker, files.task, rows)
+        if ranks.rank == 0:
+            write_jsonl(out / f"{part}.jsonl", [{"id": r["id"], "probs": p} for r, p in zip(rows, probs, strict=True)])
+    return {}
+
+
+def debated(files: Files, part: str) -> list[dict]:
+    """What debaters read: the samples, with evidence where the task has any."""
+    has_evidence = files.evidence(part).exists()
+    return joined(files.samples(part), files.evidence(part)) if has_evidence else read_jsonl(files.samples(part))
+
+
+def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
+    """Finetune, predict, and keep the model where asked."""
+    classifier = held.classifier(run.model, run.train, ranks)
+    rows = labelled(files, run, read)
+    cost = train.finetune(
+        classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), run.train, out / "steps.jsonl"
     )
-    weak_gpus: int = flag(0, "processes that share a finetuning of the weak model; others do the next (0: all)", int)
-    strong_gpus: int = flag(0, "the same for the strong model", int)
-    cache_tokens: int = flag(
-        DebateConfig.cache_tokens, "tokens of keys and values that a batch of debates may fill", int
-    )
-    max_tokens_per_forward: int = flag(
-        TrainConfig.max_tokens_per_forward, "most tokens in one forward of finetuning; does not change the result", int
-    )
-    keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
-    json: bool = flag(False, "status as JSON", bool)
-    tensorboard: bool = flag(
-        False, "training curves for TensorBoard too, in <out>/tensorboard (needs the package)", bool
-    )
-    head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
-    head_lr: float = flag(1e-4, "learning rate of --head-only", float)
-    head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
-    gpus: int | None = flag(None, "plan: GPUs of the run; default: those here", int)
-    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(estimate.GPUS))
-    show_config: bool = flag(False, "print what holds for each task and where it comes from, and stop", bool)
-
-    @classmethod
-    def of(cls, task: str | None = None, **given) -> "Config":
-        """What holds for `task` with these flags; `auto` and values that follow from others are filled in.
-
-        Raises InputError on values out of range.
-        """
-        preset = given.get("preset", cls.preset)
-        config = cls(**(PRESETS[preset] | PER_TASK.get((preset, task), {}) | given))
-        config = dataclasses.replace(
-            config, out=f"out/{preset}" if config.out is None else config.out,
-            weak_lr=config.lr if config.weak_lr is None else config.weak_lr,
-            dtype=str(resolve_dtype(config.dtype)).removeprefix("torch."), kernels=resolve(config.kernels),
-        )  # fmt: skip
-        config.check()
-        return config
-
-    def check(self) -> None:
-        """Raises InputError on values out of range."""
-        for name in (
-            "limit_train",
-            "limit_test",
-            "max_sample_tokens",
-            "epochs",
-            "batch_size",
-            "max_new_tokens",
-            "lr",
-            "weak_lr",
-            "head_lr",
-            "head_epochs",
-            "cache_tokens",
-            "max_tokens_per_forward",
-            "gpus",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
-        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
-            raise InputError(f"--temperature {self.temperature} must be >= 0, --top-p {self.top_p} in (0, 1]")
-        for name in ("weak_gpus", "strong_gpus"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative (0: all)")
-        for name in ("tasks", "methods", "seeds"):
-            if len(set(values := getattr(self, name))) < len(values):
-                raise InputError(f"--{name} {' '.join(map(str, values))}: name each once")
-        if not self.out or Path(self.out).exists() and not Path(self.out).is_dir():
-            raise InputError(f"--out {self.out!r}: not a folder")
-        if self.data_dir and not Path(self.data_dir).is_dir():
-            raise InputError(f"--data-dir {self.data_dir!r}: no such folder")
-        if self.tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise InputError("--tensorboard: the package is not there; pip install tensorboard")
-        if any(s < 0 for s in self.seeds):
-            raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: must not be negative")
-        for spec in (self.weak, self.strong):
-            ModelSpec.parse(spec)
+    for part in run.predicts:
+        rows = read(run, files, part)
+        probs = train.predict(classifier, [r["text"] for r in rows], run.train)
+        if ranks.rank == 0:
+            write_jsonl(out / f"{part}.jsonl", train.prediction_rows(rows, probs))
+    if run.keep:
+        model.save_model(classifier, out / "model", run.train, f"{files.task}, {run.name}")
+    return {name: value for name, value in cost.items() if name != "log"}
 
 
-def show_config(given: dict, task: str) -> None:
-    """Every field of a task's configuration, its value, and whether a flag, the task, the preset or the default set it."""
-    config = Config.of(task, **given)
-    layers = {"flag": given, f"{config.preset}, {task}": PER_TASK.get((config.preset, task), {}),
-              f"preset {config.preset}": PRESETS[config.preset]}  # fmt: skip
-    print0(task)
-    for f in dataclasses.fields(Config):
-        value = getattr(config, f.name)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        print0(f"  {f.name:24}{shown!s:60} {next((name for name, of in layers.items() if f.name in of), 'default')}")
+def labelled(files: Files, run: Run, read: Callable) -> list[dict]:
+    """The run's training samples as it reads them, with their labels."""
+    rows = read(run, files, run.part)
+    if run.labels is None:
+        return rows
+    labels = align_by_id(read_jsonl(run.labels), [r["id"] for r in rows], str(run.labels))
+    return [{**r, **y} for r, y in zip(rows, labels, strict=True)]
 
 
-# ---- stages of one task, in the paper's order ----
+def make_head(files: Files, run: Run, all_runs: Callable, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
+    """--head-only: the run's head, trained with those of all runs that read the same."""
+    if run.name not in held.heads:
+        held.heads |= train_heads(files, [r for r in all_runs() if r.same_texts(run)], read, held)
+    probs, cost = held.heads[run.name]
+    for part in run.predicts if ranks.rank == 0 else ():
+        write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(run, files, part), probs[part]))
+    return cost
 
 
+def train_heads(files: Files, runs: list[Run], read: Callable, held: Held) -> dict[str, tuple[dict, dict]]:
+    """By run: probabilities of each part, and cost. The texts become features only once."""
+    start, settings = time.time(), runs[0].train
+    classifier = held.classifier(runs[0].model, settings, ALONE)
+
+    def features(rows: list[dict]) -> torch.Tensor:
+        texts = [r["text"] for r in rows]
+        return train.forward_all(classifier, texts, settings, classifier.features).to(classifier.model.device)
+
+    rows = [labelled(files, r, read) for r in runs]
+    labels = [train.soft_labels(of_run, 2).to(classifier.model.device) for of_run in rows]
+    weights = heads.finetune_heads(features(rows[0]), labels, [r.train for r in runs], settings.kernels)
+    x = {part: features(read(runs[0], files, part)) for part in {p: 0 for r in runs for p in r.predicts}}
+    probs = [
+        {part: (x[part] @ w.T).softmax(-1).cpu() for part in r.predicts} for r, w in zip(runs, weights, strict=True)
+    ]
+    for p in probs:
+        for part in p:
+            train.check_finite(p[part])
+    cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
+    return {r.name: (p, cost) for r, p in zip(runs, probs, strict=True)}
+
+
+def average_labels(members: list[Path], out: Path, ranks: Ranks, held: Held) -> dict:
+    """Weak labels: the arithmetic mean of the members' probabilities."""
+    tables = [read_jsonl(path) for path in members]
+    ids = [r["id"] for r in tables[0]]
+    tables = [align_by_id(t, ids, str(path)) for t, path in zip(tables, members, strict=True)]
+    mean = [
+        [sum(p) / len(p) for p in zip(*(r["probs"] for r in rows), strict=True)] for rows in zip(*tables, strict=True)
+    ]
+    write_jsonl(out / "train_b.jsonl", [{"id": i, "probs": p} for i, p in zip(ids, mean, strict=True)])
+    return {"samples": len(ids)}
+
+
+# ---- the steps of one task, in the paper's order ----
+
+# Tables of which a stage records the entry that it uses; models, which it records by their weights; what reports progress.
+APART = (
+    "LOSSES", "READ", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
+    "StepLog", "progress_line", "print0", "model_card", "Held",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """All stages of one task. Constructing one computes nothing; every method returns a Stage."""
+    """The steps of one task, each a Stage. To build a stage computes nothing and changes nothing."""
 
-    def __init__(self, config: Config, task: str):
-        self.config, self.task = config, task
-        self.folder = Path(config.out) / task  # data and debates
-        self.runs = results_folder(config) / task  # what is trained on them
-        self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
-        self.otherwise: list[str] = []  # stale but still reported
-        self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
+    config: Config
+    task: str
 
-    def classifier(self, model: ModelSpec, sharded: bool = False):
-        return load_classifier(model, self.config.dtype, self.config.kernels, sharded)
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out) / self.task
 
-    def file(self, name: str) -> Path:
-        return self.folder / "data" / name
+    @property
+    def files(self) -> Files:
+        return Files(self.folder, self.task)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of what is trained on the data and the debates."""
+        return results_folder(self.config) / self.task
+
+    @property
+    def weak(self) -> ModelSpec:
+        return ModelSpec.parse(self.config.weak)
+
+    @property
+    def strong(self) -> ModelSpec:
+        return ModelSpec.parse(self.config.strong)
+
+    @property
+    def has_evidence(self) -> bool:
+        return bool(data.prepare.TASKS[self.task].evidence)
 
     def prepare(self) -> Stage:
-        c = self.config
+        """The samples: train_a for the weak models, train_b for the strong one, and test."""
+        c, task = self.config, data.prepare.TASKS[self.task]
         limits = {"limit_train": c.limit_train, "limit_test": c.limit_test, "max_tokens": c.max_sample_tokens}
-        source = {
-            "task": self.task,
-            "evidence": data.prepare.TASKS[self.task].evidence,
+
+        def make(out: Path, ranks: Ranks, held: Held) -> dict:
+            tokenizers = load_tokenizer(self.weak), load_tokenizer(self.strong)
+            return data.prepare.prepare(
+                self.task, out, c.data_dir and Path(c.data_dir), tokenizers=tokenizers, **limits
+            )
+
+        row = {k: v for k, v in vars(task).items() if k not in ("formatter", "wording")}
+        made_with = {
             "data_dir": c.data_dir and "local",
-            "formatter": code(data.prepare.TASKS[self.task].formatter),
+            "tokenizers": [tokenizer_identity(m) for m in (self.weak, self.strong)],
         }
         return Stage(
-            self.folder / "data",
-            source | limits | {"tokenizers": [tokenizer_identity(m) for m in (self.weak, self.strong)]},
-            {p.name: p for p in source_files(self.task, c.data_dir)},
-            lambda out: data.prepare.prepare(
-                self.task, out, c.data_dir and Path(c.data_dir),
-                tokenizers=(load_tokenizer(self.weak), load_tokenizer(self.strong)), **limits,
-            ),
+            self.folder / "data", {"task": self.task} | row | made_with | limits,
+            {p.name: p for p in source_files(self.task, c.data_dir)}, functools.partial(make_data, self.task, c.data_dir, (self.weak, self.strong), limits),
+            code=reached([make_data, task.formatter], APART),
         )  # fmt: skip
 
-    def weak_floor(self, seed: int) -> Stage:
+    def weak_floor(self, seed: int) -> Run:
         """The weak model on ground truth, without debate. Replicate 0 stays: market-making asks it for its choice."""
         return self.member("nothing", 0, 0, 0, seed)
 
-    def strong_ceiling(self, seed: int) -> Stage:
+    def strong_ceiling(self, seed: int) -> Run:
         """The strong model on the ground truth of the student's half."""
-        texts, gold = self.file("train_b.jsonl"), self.file("train_b.gold.jsonl")
-        return self.finetuning(
-            f"strong-ceiling-s{seed}", "strong", self.strong, self.train_config(self.strong, seed, 0),
-            {"train": texts, "gold": gold}, lambda: joined(texts, gold), ("test",),
-        )  # fmt: skip
+        gold = self.folder / "data/train_b.gold.jsonl"
+        return self.run(f"strong-ceiling-s{seed}", seed, labels=gold, predicts=("test",))
 
     def debates(self, protocol: str, turns: dict[int, int]) -> Stage:
         """Transcripts of train_a and train_b for every debate seed, with `turns[seed]` turns at least."""
-
-        c = self.config
-        folder = self.folder / "transcripts" / protocol
-        settings = DebateConfig(c.max_new_tokens, c.temperature, c.top_p, c.chat, c.dtype, c.cache_tokens, c.engine)
-        form = [code(f) for f in (debate.encode_question, debate.encode_turn, debate.encode_instruction)]
-        inputs = {part: self.file(f"{part}.jsonl") for part in ("train_a", "train_b")}
-        inputs |= {f"{part} evidence": path for part in inputs if (path := self.evidence_file(part))}
+        c, files = self.config, self.files
+        settings = DebateConfig(**{f.name: getattr(c, f.name) for f in dataclasses.fields(DebateConfig)})
+        inputs = {part: files.samples(part) for part in ("train_a", "train_b")}
+        if self.has_evidence:
+            inputs |= {f"{part} evidence": files.evidence(part) for part in inputs}
+        judge, more, roots = None, {}, [make_debates, generate.ENGINES[c.engine]]
         if protocol == "market_making":
-            inputs["weak_floor"] = self.market_making_judge().folder / "model"
-            form += [code(Experiment.judge_text), code(judge_input), code(transcript_text), c.transcript]
+            folder = self.finetuning(self.market_making_judge()).folder / "model"
+            inputs["weak_floor"], more = folder, {"transcript": c.transcript}
+            judge = (folder, getattr(torch, c.dtype), c.transcript)
+            roots.append(weak_choice)
+        work = Debates(protocol, self.strong, turns)
+        return Stage(
+            self.folder / "transcripts" / protocol, inputs=inputs,
+            make=functools.partial(make_debates, files, work, settings, judge),
+            **settings_of(settings, model=self.strong.identity(), wording=self.wording(), **more),
+            minimum={str(k): n for k, n in turns.items()}, code=reached(roots, APART), on_all_ranks=True, work=work,
+        )  # fmt: skip
 
-        def make(out: Path) -> dict:
-            cost: dict[str, int] = {}
-            samples = {part: self.samples_with_evidence(part) for part in ("train_a", "train_b")}
-            choose = self.weak_choice() if protocol == "market_making" else None
-            for n in sorted(set(turns.values())):
-                for part, rows in samples.items():
-                    files = {k: out / f"seed{k}" / f"{part}.jsonl" for k in turns if turns[k] == n}
-                    speaker = functools.partial(debater, self.strong, settings)
-                    new = debate.make_transcripts(
-                        speaker, self.task, protocol, rows, files, n, settings.batch_size, choose,
-                        settings.engine == "sharded",
-                    )  # fmt: skip
-                    cost = {k: cost.get(k, 0) + v for k, v in new.items()}
-            return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in turns}}
-
-        asked = {str(k): n for k, n in turns.items()}
-        wording = {"wording": self.wording(protocol), "form": form}
-        config = {"model": self.strong.identity(), **wording, **dataclasses.asdict(settings)}
-        return Stage(folder, config, inputs, make, minimum=asked, on_all_ranks=True)
-
-    def wording(self, protocol: str) -> list[str]:
-        """All that a protocol's prompts say for this task, and its names for the two sides."""
-
-        asked = [debate.debate_prompt(self.task, protocol, turn, side) for turn in range(3) for side in (0, 1)]
-        return [*asked, *debate.PROMPTS[self.task].sides]
-
-    def evidence_file(self, part: str) -> Path | None:
-        """The file of what only debaters read, where the task has such a text."""
-        return self.file(f"{part}.evidence.jsonl") if data.prepare.TASKS[self.task].evidence else None
-
-    def samples_with_evidence(self, part: str) -> list[dict]:
-        """What debaters and the bound read; nobody else may."""
-        file, samples = self.evidence_file(part), self.file(f"{part}.jsonl")
-        return joined(samples, file) if file else read_jsonl(samples)
+    def wording(self) -> dict:
+        """What prompts say of this task, and its names for the two sides."""
+        return dataclasses.asdict(debate.PROMPTS[self.task])
 
     def zero_shot(self, who: str) -> Stage:
         """What a model answers without training, by the likelihood of the two sides' names."""
-
-        c = self.config
-        model = self.weak if who == "zero_shot_weak" else self.strong
+        c, files = self.config, self.files
+        work = ZeroShot(self.weak if who == "zero_shot_weak" else self.strong, who == "zero_shot_evidence")
         settings = DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
-        parts = ("train_b", "test")
-        inputs = {part: self.file(f"{part}.jsonl") for part in parts}
-        if who == "zero_shot_evidence":
-            inputs |= {f"{part} evidence": self.evidence_file(part) for part in parts}
-
-        def make(out: Path) -> dict:
-            speaker = debater(model, settings)
-            for part in parts:
-                rows = self.samples_with_evidence(part) if who == "zero_shot_evidence" else read_jsonl(inputs[part])
-                probs = debate.zero_shot(speaker, self.task, rows)
-                predictions = [{"id": r["id"], "probs": p} for r, p in zip(rows, probs, strict=True)]
-                write_jsonl(out / f"{part}.jsonl", predictions)
-            return {}
-
-        wording = {"wording": self.wording("zero_shot"), "code": code(debate.zero_shot)}
-        config = {"model": model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
+        inputs = {part: files.samples(part) for part in ("train_b", "test")}
+        if work.evidence:
+            inputs |= {f"{part} evidence": files.evidence(part) for part in inputs}
         folder = self.folder / "predictions" / who.replace("_", "-")
-        return Stage(folder, config | wording, inputs, make, twins=self.twins(folder))
+        asked = {"model": work.model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
+        return Stage(
+            folder, asked | {"wording": self.wording()}, inputs, functools.partial(make_zero_shot, files, work, settings),
+            code=reached([make_zero_shot, generate.Debater], APART), on_all_ranks=True, twins=self.twins(folder), work=work,
+        )  # fmt: skip
 
     def twins(self, folder: Path) -> tuple[Path, ...]:
         """The same run of the other tasks that have the same samples."""
         others = [t for t in self.config.tasks if t != self.task and source_of(t) == source_of(self.task)]
         return tuple(self.folder.with_name(t) / folder.relative_to(self.folder) for t in others)
 
-    def market_making_judge(self) -> Stage:
+    def market_making_judge(self) -> Run:
         """The weak floor that market-making asks: finetuned as a whole, also where only heads are compared."""
         return Experiment(dataclasses.replace(self.config, head_only=False), self.task).weak_floor(0)
 
-    def weak_choice(self):
-        """Samples and their transcripts so far -> the class that the weak floor prefers."""
-        classifier = self.classifier(ModelSpec(str(self.market_making_judge().folder / "model")))
-
-        def choose(samples: list[dict], rows: list[dict]) -> list[int]:
-            texts = [
-                self.judge_text("market_making", s, r, len(r["turns"])) for s, r in zip(samples, rows, strict=True)
-            ]
-            return train.predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
-
-        return choose
-
-    def judge_text(self, reads: str, sample: dict, row: dict | None, turns: int) -> str:
-        """What a weak model reads: the question, and beside it what `reads` says (see Method)."""
-        if reads == "nothing" or reads in PROTOCOLS and turns == 0:
-            return sample["text"]
-        if reads == "evidence":
-            return with_evidence(sample["evidence"], sample["text"])
-        if reads == "sides":
-            sides = [assign_side(sample["id"], turn) for turn in (0, 1)]
-            return judge_input(
-                sample["text"], transcript_text(self.task, "debate", sides, ["", ""]), self.config.transcript
-            )
-        transcript = transcript_text(self.task, reads, row["sides"][:turns], row["turns"][:turns])
-        return judge_input(sample["text"], transcript, self.config.transcript)
-
-    def train_members(self, method: Method, seed: int) -> list[Stage]:
+    def train_members(self, method: Method, seed: int) -> list[Run]:
         """The judges of a method, each finetuned on train_a's ground truth with what it reads."""
         return [self.member(method.reads, k, j, method.turns, seed) for k, j in method.members]
 
-    def member(self, reads: str, debate_seed: int, finetune_seed: int, turns: int, seed: int) -> Stage:
-        debated = reads in PROTOCOLS
-        called = {"nothing": "naive", "sides": "no_argument"}.get(reads, reads)
-        name = f"weak-{called}" + (f"-d{debate_seed}-t{turns}" if debated else "") + f"-f{finetune_seed}-s{seed}"
-        parts = ("train_a", "train_b")
-        said = {p: self.folder / f"transcripts/{reads}/seed{debate_seed}/{p}.jsonl" for p in parts if debated}
-        inputs = {part: self.file(f"{part}.jsonl") for part in parts}
-        if reads == "evidence":
-            inputs |= {f"{part} evidence": self.evidence_file(part) for part in parts}
-        inputs |= {f"{p} transcripts": functools.partial(beginning, path, turns) for p, path in said.items()}
-
-        def read(part: str) -> list[dict]:
-            rows = self.samples_with_evidence(part) if reads == "evidence" else read_jsonl(self.file(f"{part}.jsonl"))
-            spoken = (
-                align_by_id(read_jsonl(said[part]), [r["id"] for r in rows], str(said[part]))
-                if debated
-                else [None] * len(rows)
-            )
-            return [r | {"text": self.judge_text(reads, r, t, turns)} for r, t in zip(rows, spoken, strict=True)]
-
+    def member(self, reads: str, debate_seed: int, finetune_seed: int, turns: int, seed: int) -> Run:
+        said = f"-d{debate_seed}-t{turns}" if reads in PROTOCOLS else ""
+        name = {"nothing": "naive", "sides": "no_argument"}.get(reads, reads)
         floor = reads == "nothing" and finetune_seed == 0
-        reader = name.removesuffix(f"-f{finetune_seed}-s{seed}")
-        judge = [code(Experiment.judge_text), code(judge_input), code(transcript_text), self.config.transcript]
-        wording = self.wording(reads) if debated else self.wording("debate")
-        return self.finetuning(
-            name, reader, self.weak, self.train_config(self.weak, seed, finetune_seed), inputs, lambda: read("train_a"),
-            ("train_b", "test") if floor else ("train_b",), read, keep=floor and seed == 0,
-            reads=None if reads == "nothing" else [code(with_evidence)] if reads == "evidence" else [*judge, wording],
+        return self.run(
+            f"weak-{name}{said}-f{finetune_seed}-s{seed}", seed, finetune_seed, reads=reads,
+            debate_seed=debate_seed if said else 0, turns=turns if said else 0, part="train_a",
+            predicts=("train_b", "test") if floor else ("train_b",), keep=floor and seed == 0,
         )  # fmt: skip
 
     def label_with_ensemble(self, name: str, seed: int) -> Stage:
         """Weak labels of train_b: the arithmetic mean of the members' probabilities."""
-        members = {m.folder.name: m.folder / "train_b.jsonl" for m in self.train_members(METHODS[name], seed)}
-
-        def make(out: Path) -> dict:
-            tables = [read_jsonl(path) for path in members.values()]
-            ids = [r["id"] for r in tables[0]]
-            tables = [align_by_id(t, ids, str(path)) for t, path in zip(tables, members.values(), strict=True)]
-            mean = [
-                [sum(p) / len(p) for p in zip(*(r["probs"] for r in rows), strict=True)]
-                for rows in zip(*tables, strict=True)
-            ]
-            write_jsonl(out / "train_b.jsonl", [{"id": i, "probs": p} for i, p in zip(ids, mean, strict=True)])
-            return {"samples": len(ids)}
-
-        return Stage(self.runs / f"weak_labels/{name}/seed{seed}", {"members": list(members)}, members, make)
-
-    def train_student(self, name: str, seed: int) -> Stage:
-        """The strong model on the weak labels of train_b, on the plain samples. Gold labels are out of its reach."""
-        texts, labels = self.file("train_b.jsonl"), self.label_with_ensemble(name, seed).folder / "train_b.jsonl"
-        return self.finetuning(
-            f"strong-{name}-s{seed}", "strong", self.strong, self.train_config(self.strong, seed, 0, METHODS[name].loss),
-            {"train": texts, "weak labels": labels}, lambda: joined(texts, labels), ("train_b", "test"),
+        members = {m.name: self.finetuning(m).folder / "train_b.jsonl" for m in self.train_members(METHODS[name], seed)}
+        return Stage(
+            self.weak_labels(name, seed).parent, {"members": list(members)}, members,
+            functools.partial(average_labels, list(members.values())), code=reached([average_labels], APART),
         )  # fmt: skip
 
-    def train_config(self, model: ModelSpec, seed: int, finetune_seed: int, loss: str = "xent"):
+    def weak_labels(self, name: str, seed: int) -> Path:
+        return self.runs / f"weak_labels/{name}/seed{seed}/train_b.jsonl"
+
+    def train_student(self, name: str, seed: int) -> Run:
+        """The strong model on the weak labels of train_b, on the plain samples. Gold labels are out of its reach."""
+        labels = self.weak_labels(name, seed)
+        return self.run(f"strong-{name}-s{seed}", seed, loss=METHODS[name].loss, labels=labels)
+
+    def run(
+        self, name: str, seed: int, finetune_seed: int = 0, loss: str = "xent", part: str = "train_b", **more
+    ) -> Run:
+        """A finetuning with the configuration's settings: of the weak model on train_a, of the strong one on train_b."""
         c = self.config
-        lr = c.head_lr if c.head_only else c.weak_lr if model is self.weak else c.lr
-        return TrainConfig(
+        spec, lr = (self.weak, c.weak_lr) if part == "train_a" else (self.strong, c.lr)
+        lr = c.head_lr if c.head_only else lr
+        settings = TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, aux_warmup=c.aux_warmup, checkpointing=c.checkpointing,
             kernels=c.kernels, max_tokens_per_forward=c.max_tokens_per_forward,
         )  # fmt: skip
+        more["keep"] = more.get("keep", False) or c.keep_models
+        return Run(name, spec, settings, part=part, order=c.transcript, heads=c.head_only, **more)
 
-    def finetuning(
-        self, name, reader, model, train_config, inputs, samples, parts, read=None, keep=False, reads=None
-    ) -> Stage:
-        """Finetune `model` on `samples()` and write its probabilities on each of `parts` to predictions/<name>.
-
-        Runs of one `reader` read the same texts. `reads` identifies how these are made of the inputs, where they are
-        not the samples' own.
-        """
-        import model as models
-
-        read = read or (lambda part: read_jsonl(self.file(f"{part}.jsonl")))
-        keep = keep or self.config.keep_models
-        code_of_loss = [
-            code(train.LOSSES[train_config.loss]),
-            code(getattr(conf_loss, f"{train_config.loss}_target", conf_loss.cross_entropy)),
-        ]
-        config = {
-            "model": model.identity(),
-            "loss_code": code_of_loss,
-            "reads": reads,
-            **dataclasses.asdict(train_config),
-        }
-        tested = {"test": self.file("test.jsonl")} if "test" in parts else {}
-        folder = self.runs / "predictions" / name
-        if self.config.head_only:
-            runs = self.heads.setdefault(reader, {})
-            runs[name] = (samples, train_config, parts, read)
-
-            def make(out: Path) -> dict:
-                probs, cost = self.train_heads(reader, model)[name]
-                for part in parts:
-                    write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(part), probs[part]))
-                return cost
-
-            return Stage(folder, config | {"head_only": True}, inputs | tested, make)
-
-        def make(out: Path) -> dict:
-            classifier, rows = self.classifier(model, sharded=True), samples()
-            texts, labels = [r["text"] for r in rows], train.soft_labels(rows, 2)
-            cost = train.finetune(classifier, texts, labels, train_config, out / "steps.jsonl")
-            files = {}
-            del cost["log"]
+    def finetuning(self, run: Run) -> Stage:
+        """The stage of a run: its probabilities on each part that it predicts, in predictions/<name>."""
+        c, files = self.config, self.files
+        read = READ[run.reads]
+        parts = {run.part, *run.predicts}
+        inputs: dict = {part: files.samples(part) for part in parts}
+        if run.labels:
+            inputs["labels"] = run.labels
+        if run.reads == "evidence":
+            inputs |= {f"{part} evidence": files.evidence(part) for part in parts}
+        reads: dict = {"reads": run.reads}
+        if run.reads in PROTOCOLS:
             for part in parts:
-                rows = read(part)
-                probs = train.predict(classifier, [r["text"] for r in rows], train_config)
-                files[part] = train.prediction_rows(rows, probs)
-            for name, rows in files.items() if rank() == 0 else ():
-                write_jsonl(out / f"{name}.jsonl", rows)
-            if keep:
-                models.save_model(classifier, out / "model", train_config, f"{self.task}, {folder.name}")
-            return cost
-
-        kept = {"kept models": int(keep)}  # a model that was kept and is not asked for does no harm
-        group_size = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
+                path = files.transcripts(run.reads, run.debate_seed, part)
+                inputs[f"{part} transcripts"] = functools.partial(beginning, path, run.turns)
+        if run.reads in ("sides", *PROTOCOLS):
+            reads |= {"turns": run.turns, "order": run.order, "sides": self.wording()["sides"]}
+        make = functools.partial(make_run, files, run, read)
+        if run.heads:
+            make = functools.partial(make_head, files, run, self.all_runs, read)
+        folder = (self.runs if run.heads else self.folder) / "predictions" / run.name
         return Stage(
-            folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size,
-            twins=self.twins(folder),
+            folder, inputs=inputs, make=make,
+            **settings_of(run.train, model=run.model.identity(), heads=run.heads, **reads),
+            code=reached([make.func, read, train.LOSSES[run.train.loss]], APART),
+            minimum={"kept models": int(run.keep and not run.heads)},  # a model that was kept and is not asked for does no harm
+            on_all_ranks=True, twins=() if run.heads else self.twins(folder), work=run,
+            group_size=0 if run.heads else c.weak_gpus if run.part == "train_a" else c.strong_gpus,
         )  # fmt: skip
-
-    @functools.cache  # noqa: B019
-    def train_heads(self, reader: str, model: ModelSpec) -> dict[str, tuple[dict, dict]]:
-        """All runs of one reader at once: run -> (probabilities of each part, cost). Texts become features only once."""
-
-        start, runs = time.time(), self.heads[reader]
-        classifier = self.classifier(model)
-
-        def features(rows: list[dict], config):
-            texts = [r["text"] for r in rows]
-            return train.forward_all(classifier, texts, config, classifier.features).to(classifier.model.device)
-
-        labelled, configs = [run[0]() for run in runs.values()], [run[1] for run in runs.values()]
-        labels = [train.soft_labels(rows, 2).to(classifier.model.device) for rows in labelled]
-        weights = heads.finetune_heads(features(labelled[0], configs[0]), labels, configs, self.config.kernels)
-        read = {part: read for *_, parts, read in runs.values() for part in parts}
-        of = {part: features(read[part](part), configs[0]) for part in read}
-        probs = [{part: (x @ w.T).softmax(-1).cpu() for part, x in of.items()} for w in weights]
-        for p in probs:
-            for part in p:
-                train.check_finite(p[part])
-        cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
-        return {name: (p, cost) for name, p in zip(runs, probs, strict=True)}
 
     def methods(self) -> dict[str, Method]:
         """The chosen rows and points that this task can have."""
         chosen = {n: m for n, m in METHODS.items() if n in self.config.methods}
         if self.task in NO_FIGURES:
             chosen = {n: m for n, m in chosen.items() if n not in FIGURE_METHODS}
-        has_evidence = data.prepare.TASKS[self.task].evidence
-        return {n: m for n, m in chosen.items() if m.reads != "evidence" or has_evidence}
+        return {n: m for n, m in chosen.items() if m.reads != "evidence" or self.has_evidence}
 
     def reference_runs(self, seed: int) -> dict[str, Stage]:
         """What stands around the methods in Table 2: no training, the weak floor, the strong ceiling."""
-        without = [who for who in ZERO_SHOT if who != "zero_shot_evidence" or self.evidence_file("test")]
+        without = [who for who in ZERO_SHOT if who != "zero_shot_evidence" or self.has_evidence]
         bounds = {"weak_floor": self.weak_floor(seed), "strong_ceiling": self.strong_ceiling(seed)}
-        return {who: self.zero_shot(who) for who in without} | bounds
+        return {who: self.zero_shot(who) for who in without} | {n: self.finetuning(r) for n, r in bounds.items()}
+
+    def all_runs(self) -> Iterator[Run]:
+        """Every finetuning that the chosen methods and seeds need."""
+        return (s.work for s in self.stages() if isinstance(s.work, Run))
 
     def stages(self) -> Iterator[Stage]:
         """Every stage that the chosen methods and seeds need, each once, in an order that can run."""
-        methods = self.methods()
-        wanted = [self.prepare(), *map(self.weak_floor, self.config.seeds)]
+        methods, seeds, stage = self.methods(), self.config.seeds, self.finetuning
+        wanted = [self.prepare(), *(stage(self.weak_floor(seed)) for seed in seeds)]
         for protocol in PROTOCOLS:
             turns: dict[int, int] = {}
             for m in methods.values():
                 if m.reads == protocol:
                     turns |= {k: max(m.turns, turns.get(k, 0)) for k, _ in m.members}
             if turns:
-                wanted += [self.market_making_judge()] if protocol == "market_making" else []
+                wanted += [stage(self.market_making_judge())] if protocol == "market_making" else []
                 wanted.append(self.debates(protocol, turns))
-        for seed in self.config.seeds:
-            wanted += [stage for m in methods.values() for stage in self.train_members(m, seed)]
-        for seed in self.config.seeds:
-            wanted += [self.label_with_ensemble(n, seed) for n in methods]
-        for seed in self.config.seeds:
-            wanted += [*self.reference_runs(seed).values(), *(self.train_student(n, seed) for n in methods)]
+        wanted += [stage(run) for seed in seeds for m in methods.values() for run in self.train_members(m, seed)]
+        wanted += [self.label_with_ensemble(name, seed) for seed in seeds for name in methods]
+        for seed in seeds:
+            wanted += [*self.reference_runs(seed).values(), *(stage(self.train_student(n, seed)) for n in methods)]
         yield from {stage.folder: stage for stage in wanted}.values()
 
     def results(self) -> Iterator[dict]:
         """One row per (method, seed) that is done: accuracy, the supervisor's accuracy, cost and provenance."""
         for seed in self.config.seeds:
-            students = {n: self.train_student(n, seed) for n in self.methods()}
+            students = {n: self.finetuning(self.train_student(n, seed)) for n in self.methods()}
             for name, stage in (self.reference_runs(seed) | students).items():
                 if self.is_there(stage):
                     supervisor = self.label_with_ensemble(name, seed).folder if name in METHODS else None
@@ -637,9 +562,10 @@ class Experiment:
         seen, out = set(), Path(self.config.out)
         methods = [m for m in self.methods().values() if m.reads in PROTOCOLS]
         for seed in self.config.seeds:
-            before = self.weak_floor(seed).folder / "train_b.jsonl"
+            before = self.finetuning(self.weak_floor(seed)).folder / "train_b.jsonl"
             for m in methods:
-                for (k, j), stage in zip(m.members, self.train_members(m, seed), strict=True):
+                for (k, j), run in zip(m.members, self.train_members(m, seed), strict=True):
+                    stage = self.finetuning(run)
                     said = self.folder / f"transcripts/{m.reads}/seed{k}/train_b.jsonl"
                     if stage.folder not in seen and said.exists() and before.exists() and self.is_there(stage):
                         seen.add(stage.folder)
@@ -654,21 +580,20 @@ class Experiment:
 
     def is_there(self, stage: Stage) -> bool:
         """Whether a stage can be reported: done, with these settings or others. Raises InputError on files changed since."""
-        difference = stage.difference()
-        for line in difference or ():
-            if line.startswith(("output ", "manifest.json")):
-                raise InputError(f"{stage.folder}: {line}; `run` makes it again")
-        if difference and not read_manifest(stage.folder).keys() >= {"config", "inputs", "seconds", "commit", "device"}:
+        have = read_manifest(stage.folder)
+        if have is None:
+            return False
+        if changed := stage.changed_outputs(have):
+            raise InputError(f"{stage.folder}: {changed[0]}; `run` makes it again")
+        if not have.keys() >= {"config", "inputs", "seconds", "commit", "device"}:
             raise InputError(f"{stage.folder}: manifest.json lacks what a stage writes; `run` makes it again")
-        if difference:
-            self.otherwise.append(stage.folder.name)
-        return difference is not None
+        return True
 
     def supervision_cost(self, method: Method, seed: int) -> dict:
         """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
-        members = [read_manifest(m.folder) or {} for m in self.train_members(method, seed)]
+        members = [read_manifest(self.finetuning(m).folder) or {} for m in self.train_members(method, seed)]
         debates = read_manifest(self.folder / "transcripts" / method.reads) or {}
-        samples = sum(len(read_jsonl(self.file(f"{part}.jsonl"))) for part in ("train_a", "train_b"))
+        samples = sum(len(read_jsonl(self.files.samples(part))) for part in ("train_a", "train_b"))
         seeds = {k for k, _ in method.members}
         turns = samples * method.turns * len(seeds)
         share = turns / debates["turns"] if debates else 0
@@ -687,12 +612,10 @@ def source_of(task: str) -> str:
     return data.prepare.TASKS[task].source or task
 
 
-def joined(texts: Path, labels: Path) -> list[dict]:
-    """Samples with their labels from another file, matched by id."""
-    rows = read_jsonl(texts)
-    return [
-        r | y for r, y in zip(rows, align_by_id(read_jsonl(labels), [r["id"] for r in rows], str(labels)), strict=True)
-    ]
+def joined(samples: Path, more: Path) -> list[dict]:
+    """Samples with what another file holds on them, matched by id."""
+    rows = read_jsonl(samples)
+    return [r | m for r, m in zip(rows, align_by_id(read_jsonl(more), [r["id"] for r in rows], str(more)), strict=True)]
 
 
 def tokens_by_turn(folder: Path) -> list[int]:
@@ -712,13 +635,6 @@ def beginning(path: Path, turns: int) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-@functools.cache
-def code(function) -> str:
-    """Digest of a function's source, white space aside: to edit it makes the stages that use it stale."""
-    return hashlib.sha256("".join(inspect.getsource(function).split()).encode()).hexdigest()[:16]
-
-
-@functools.cache
 def tokenizer_identity(spec: ModelSpec) -> str:
     """The digest of a local folder's tokenizer, or what identifies the model: a cut copy has the same tokenizer."""
     file = Path(spec.name) / "tokenizer.json"
@@ -733,76 +649,54 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
     return [data.prepare.source_path(task, split, Path(data_dir)) for split in splits] if data_dir else []
 
 
-@functools.lru_cache(maxsize=1)
-def load_classifier(spec: ModelSpec, dtype: str, kernels: str, sharded: bool):
-    """Loaded once for all its runs; a run starts by resetting the weights. Its optimizer stays too, so one at a time."""
-
-    return Classifier(spec, 2, getattr(torch, dtype), kernels, sharded)
-
-
-@functools.lru_cache(maxsize=1)
-def debater(spec: ModelSpec, settings):
-
-    return generate.ENGINES[settings.engine](spec, settings)
-
-
 # ---- commands ----
 
 
 def run(experiments: list[Experiment]) -> None:
-    check_out(experiments[0].config.out)
-    print0(f"models in {experiments[0].config.dtype}, kernels: {experiments[0].config.kernels}")
-
+    config, ranks = experiments[0].config, world()
+    check_out(config.out)
+    print0(f"models in {config.dtype}, kernels: {config.kernels}")
     for spec in (experiments[0].weak, experiments[0].strong):
         tokenizer = load_tokenizer(spec)  # says what is wrong with a model before anything is written
-    generate.check_chat(spec, experiments[0].config.chat, tokenizer)
-    for size in (experiments[0].config.weak_gpus, experiments[0].config.strong_gpus):
-        with in_groups(size):
-            pass  # what cannot be cut is refused now
-    with locked(Path(experiments[0].config.out)):
-        make_all(experiments)
-        if rank() == 0:
+    generate.check_chat(spec, config.chat, tokenizer)
+    groups = {size: ranks.split(size) for size in (0, config.weak_gpus, config.strong_gpus)}
+    with locked(Path(config.out)):
+        make_all([s for e in experiments for s in e.stages()], Path(config.out), groups)
+        if ranks.rank == 0:
             write_report(experiments)
 
 
-def make_all(experiments: list[Experiment]) -> None:
-    stages = [s for e in experiments for s in e.stages()]
-    start, made = time.time(), []
-    for size, like in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].group_size):
-        with in_groups(size) as (mine, groups):  # stages side by side do not need each other
-            for n, stage in list(like)[mine::groups]:
-                name = stage.folder.relative_to(experiments[0].config.out)
-                before = time.time()
-                if make_one(stage):
-                    made.append(name)
+def make_all(stages: list[Stage], out: Path, groups: dict[int, Ranks]) -> None:
+    """Make every stage that is not done. Neighbours of one group size go to the groups in turn: they do not need each other."""
+    start, made, held = time.time(), set(), Held()
+    for size, neighbours in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].group_size):
+        ranks = groups[size]
+        for n, stage in list(neighbours)[ranks.index :: ranks.count]:
+            name, before = stage.folder.relative_to(out), time.time()
+            try:
+                if stage.run(ranks, held):
+                    made.add(name)
                     took, so_far = time.time() - before, (time.time() - start) / 60
-                    print0(f"[{n}/{len(stages)}] {name}: {took:.1f} s ({so_far:.1f} min so far)")
-    made = len({name for names in gather(made) for name in names})
+                    ranks.print(f"[{n}/{len(stages)}] {name}: {took:.1f} s ({so_far:.1f} min so far)")
+            except Exception as e:
+                e.add_note(
+                    f"stage {stage.folder} failed; what is finished stays, and the same command resumes with this stage"
+                )
+                raise
+        groups[0].barrier()
+    n_made, minutes = len(set().union(*groups[0].gather(made))), (time.time() - start) / 60
+    print0(f"{n_made} of {len(stages)} stages made, {len(stages) - n_made} were done, in {minutes:.1f} min")
+
+
+def accept(experiments: list[Experiment]) -> None:
+    """Take finished stages as made by the code as it now is: after a refactoring that changes no result."""
+    with locked(Path(experiments[0].config.out)):
+        stages = [s for e in experiments for s in e.stages()]
+        accepted = [s.folder for s in stages if s.accept()]
+        left = sum(s.state()[0] is State.STALE for s in stages)
     print0(
-        f"{made} of {len(stages)} stages made, {len(stages) - made} were done, in {(time.time() - start) / 60:.1f} min"
+        f"{len(accepted)} of {len(stages)} stages accepted; {left} are stale for other reasons (`status` says which)"
     )
-
-
-def make_one(stage: Stage) -> bool:
-    """Run a stage; the debater and the classifier, each of which may fill the memory, are never held together."""
-    debates = stage.folder.parent.name == "transcripts" or stage.folder.name.startswith("zero-shot")
-    if debates:
-        release(load_classifier)
-    try:
-        return stage.run()
-    except Exception as e:
-        e.add_note(f"stage {stage.folder} failed; what is finished stays, and the same command resumes with this stage")
-        raise
-    finally:
-        if debates:
-            release(debater)
-
-
-def release(cached) -> None:
-    """Free what a cached function holds, if anything: collecting takes a fifth of a second."""
-    if cached.cache_info().currsize:
-        cached.cache_clear()
-        gc.collect()
 
 
 def write_report(experiments: list[Experiment]) -> None:
@@ -818,8 +712,9 @@ def write_report(experiments: list[Experiment]) -> None:
     paths = [*report.write(made, into), into / "report.html"]
     write_text(paths[-1], page.build(made, out, into))
     write_text(into / "README.md", report.card(made))
-    otherwise = sum(len(e.otherwise) for e in experiments)
-    if otherwise:
+    if otherwise := sum(
+        s.state()[0] is State.STALE for e in experiments for s in e.stages() if isinstance(s.work, Run)
+    ):
         print0(f"note: {otherwise} runs were made with other settings or inputs than these; `status` says with which")
     if experiments[0].config.tensorboard:
         report.write_tensorboard(made, out, into / "tensorboard")
@@ -835,13 +730,13 @@ def states(experiments: list[Experiment]) -> list[dict]:
     rows = []
     for e in experiments:
         for stage in e.stages():
-            difference = stage.difference()
-            state = "missing" if difference is None else "stale" if difference else "done"
-            if state != "done" and (stage.folder / "started.json").exists() and is_locked(Path(e.config.out)):
-                state = "running"
+            state, why = stage.state()
+            known = "missing" if state in (State.BEGUN, State.SHORT) else state.value
+            if state is not State.DONE and (stage.folder / "started.json").exists() and is_locked(Path(e.config.out)):
+                known = "running"
             seconds = (read_manifest(stage.folder) or {}).get("seconds")
             name = stage.folder.relative_to(e.config.out).as_posix()
-            rows.append({"stage": name, "state": state, "why": difference or [], "seconds": seconds})
+            rows.append({"stage": name, "state": known, "why": why if state is State.STALE else [], "seconds": seconds})
     spent: dict[str, list[float]] = {}
     for row in rows:
         row["like"] = row["stage"].split("-")[0]  # task/predictions/weak, task/weak_labels/ours/seed0
@@ -872,7 +767,7 @@ def status(experiments: list[Experiment]) -> None:
     print0(", ".join(f"{n} {state}" for state, n in count.items()) + more)
 
 
-COMMANDS = {"run": run, "plan": estimate.show, "status": status, "report": write_report}
+COMMANDS = {"run": run, "plan": estimate.show, "status": status, "report": write_report, "accept": accept}
 
 
 def main() -> None:

@@ -1,0 +1,220 @@
+"""What is compared and at which sizes: METHODS, PRESETS, and Config, the flags of w2s.py with their defaults."""
+
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import data.prepare
+import plan
+import stats
+from common import ROOT, InputError, flag, print0
+from generate import DebateConfig
+from kernels import CHOICES, resolve
+from model import ModelSpec, resolve_dtype
+from train import TrainConfig
+
+# ---- what is compared ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to supervise: a row of a table or a point of a figure.
+
+    `reads` is what the members, the judges, read beside the question: a protocol's transcripts (debate, consultancy,
+    market_making), sides (without their arguments), evidence (the passage itself), or nothing. `members` are pairs
+    (debate seed, finetuning seed), `loss` is the student's, and `shown` says where: "table2", or "figure2:3" for the
+    point at 3.
+    """
+
+    label: str
+    reads: str
+    members: tuple[tuple[int, int], ...]
+    shown: tuple[str, ...]
+    turns: int = 3
+    loss: str = "xent"
+
+
+def debate_ensemble(size: int) -> tuple[tuple[int, int], ...]:
+    """Members that read differently sampled debates."""
+    return tuple((k, 0) for k in range(size))
+
+
+def finetune_ensemble(size: int) -> tuple[tuple[int, int], ...]:
+    """Members that read the same debates and differ in their finetuning seed."""
+    return tuple((0, j) for j in range(size))
+
+
+SINGLE, FOUR = debate_ensemble(1), debate_ensemble(4)
+EVERYWHERE = ("table2", "table4", "table5", "figure2:4", "figure3:3")
+METHODS = {
+    "finetune": Method("finetune", "nothing", SINGLE, ("table2",)),
+    "finetune_aux": Method("finetune w/ aux. loss", "nothing", SINGLE, ("table2",), loss="logconf"),
+    "finetune_pro": Method("finetune w/ pro. loss", "nothing", SINGLE, ("table2",), loss="product"),
+    "consultancy": Method("consultancy", "consultancy", FOUR, ("table4",)),
+    "market_making": Method("market-making", "market_making", FOUR, ("table4",)),
+    "single": Method("single weak model", "debate", SINGLE, ("table5", "figure2:1")),
+    "finetune_ensembles": Method("finetune ensembles", "debate", finetune_ensemble(4), ("table5",)),
+    "ours": Method("ours (debate ensembles)", "debate", FOUR, EVERYWHERE),
+    "naive_ensemble": Method("naive ensemble (control)", "nothing", finetune_ensemble(4), ("table5",)),
+    "no_argument": Method("sides without arguments (control)", "sides", finetune_ensemble(4), ("table5",)),
+    "evidence": Method("reads the evidence itself (bound)", "evidence", SINGLE, ("table5",)),
+    "ensemble_2": Method("2 members", "debate", debate_ensemble(2), ("figure2:2",)),
+    "ensemble_3": Method("3 members", "debate", debate_ensemble(3), ("figure2:3",)),
+    "ensemble_5": Method("5 members", "debate", debate_ensemble(5), ("figure2:5",)),
+    "ensemble_6": Method("6 members", "debate", debate_ensemble(6), ("figure2:6",)),
+    "turns_1": Method("1 turn", "debate", FOUR, ("figure3:1",), turns=1),
+    "turns_2": Method("2 turns", "debate", FOUR, ("figure3:2",), turns=2),
+    "turns_4": Method("4 turns", "debate", FOUR, ("figure3:4",), turns=4),
+    "turns_5": Method("5 turns", "debate", FOUR, ("figure3:5",), turns=5),
+    "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
+}
+TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
+ZERO_SHOT = dict(
+    zip(
+        stats.ZERO_SHOT,
+        ("weak model, zero-shot", "strong model, zero-shot", "strong model, zero-shot with evidence"),
+        strict=True,
+    )
+)
+REFERENCE_RUNS = dict(zip(stats.BOUNDS, ("weak performance", "strong ceiling"), strict=True))
+FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
+NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
+
+PAPER_TASKS = ("sciq", "boolq", "cosmos_qa", "anthropic_hh")
+PRESETS = {
+    "smoke": dict(
+        tasks=PAPER_TASKS, seeds=(0, 1), weak="random-small", strong="random-large", data_dir=str(ROOT / "data/tiny"),
+        lr=1e-2, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,
+    ),
+    "tiny": dict(
+        tasks=("places_evidence", "places"), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=440,
+        lr=2e-4, weak_lr=3e-4, batch_size=16, max_new_tokens=16, chat=True, dtype="bfloat16", cache_tokens=65536,
+        weak_gpus=1, strong_gpus=1,  # under several processes each trains a model of its own
+        methods=(*TABLE_METHODS, "ensemble_2", "turns_1", "turns_2"),
+    ),
+    "small": dict(
+        tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
+        limit_test=2000, max_new_tokens=150,
+    ),
+    "paper": dict(
+        tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
+        transcript="last",  # "appended to each sample", as the paper words it
+        cache_tokens=30_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
+    ),
+}  # fmt: skip
+PER_TASK = {  # where a task departs from its preset
+    ("tiny", "places"): dict(
+        methods=tuple(n for n in TABLE_METHODS if "table4" not in METHODS[n].shown or n == "ours")
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What holds for a task: flags over the preset's values for the task, over the preset's, over these defaults."""
+
+    preset: str = flag("tiny", "sizes and models", choices=tuple(PRESETS))
+    tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
+    methods: tuple = flag(tuple(METHODS), "rows and points of the tables and figures", choices=tuple(METHODS))
+    seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
+    weak: str = flag("", "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")
+    strong: str = flag("", "strong model, likewise")
+    data_dir: str | None = flag(None, "folder with <task>/<split>.jsonl[.gz] in the hub's schema; default: the hub")
+    out: str | None = flag(None, "folder of the results; default: out/<preset>")
+    limit_train: int | None = flag(None, "training samples per task, both halves together", int)
+    limit_test: int | None = flag(None, "test samples per task", int)
+    max_sample_tokens: int = flag(1024, "longer samples are dropped, for all models", int)
+    lr: float = flag(TrainConfig.lr, "learning rate", float)
+    weak_lr: float | None = flag(None, "learning rate of the weak model; default: --lr", float)
+    epochs: int = flag(TrainConfig.epochs, "passes over the training samples", int)
+    batch_size: int = flag(TrainConfig.batch_size, "samples per optimizer step", int)
+    aux_warmup: str = flag(TrainConfig.aux_warmup, "of the confidence loss", choices=("openai", "linear"))
+    checkpointing: bool = flag(TrainConfig.checkpointing, "recompute activations to save memory", bool)
+    transcript: str = flag("first", "judges read it before or after the question", choices=("first", "last"))
+    max_new_tokens: int = flag(DebateConfig.max_new_tokens, "longest turn", int)
+    temperature: float = flag(DebateConfig.temperature, "of the debaters", float)
+    top_p: float = flag(DebateConfig.top_p, "of the debaters", float)
+    chat: bool = flag(DebateConfig.chat, "ask the debaters through their chat template", bool)
+    dtype: str = flag(TrainConfig.dtype, "of all models", choices=("auto", "float32", "bfloat16"))
+    kernels: str = flag(TrainConfig.kernels, "Triton or plain PyTorch in finetuning", choices=CHOICES)
+    engine: str = flag(
+        DebateConfig.engine,
+        "what generates the debates: replicated (a copy of the model per process), sharded (one over all), vllm",
+        choices=("replicated", "sharded", "vllm"),
+    )
+    weak_gpus: int = flag(0, "processes that share a finetuning of the weak model; others do the next (0: all)", int)
+    strong_gpus: int = flag(0, "the same for the strong model", int)
+    cache_tokens: int = flag(
+        DebateConfig.cache_tokens, "tokens of keys and values that a batch of debates may fill", int
+    )
+    max_tokens_per_forward: int = flag(
+        TrainConfig.max_tokens_per_forward, "most tokens in one forward of finetuning; does not change the result", int
+    )
+    keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
+    json: bool = flag(False, "status as JSON", bool)
+    tensorboard: bool = flag(
+        False, "training curves for TensorBoard too, in <out>/tensorboard (needs the package)", bool
+    )
+    head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
+    head_lr: float = flag(1e-4, "learning rate of --head-only", float)
+    head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
+    gpus: int | None = flag(None, "plan: GPUs of the run; default: those here", int)
+    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(plan.GPUS))
+    show_config: bool = flag(False, "print what holds for each task and where it comes from, and stop", bool)
+
+    @classmethod
+    def of(cls, task: str | None = None, **given) -> "Config":
+        """What holds for `task` with these flags; `auto` and values that follow from others are filled in.
+
+        Raises InputError on values out of range.
+        """
+        preset = given.get("preset", cls.preset)
+        config = cls(**(PRESETS[preset] | PER_TASK.get((preset, task), {}) | given))
+        config = dataclasses.replace(
+            config, out=f"out/{preset}" if config.out is None else config.out,
+            weak_lr=config.lr if config.weak_lr is None else config.weak_lr,
+            dtype=str(resolve_dtype(config.dtype)).removeprefix("torch."), kernels=resolve(config.kernels),
+        )  # fmt: skip
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raises InputError on values out of range."""
+        above_zero = (
+            "limit_train limit_test max_sample_tokens epochs batch_size max_new_tokens lr weak_lr head_lr head_epochs "
+            "cache_tokens max_tokens_per_forward gpus"
+        )
+        for name in above_zero.split():
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise InputError(f"--temperature {self.temperature} must be >= 0, --top-p {self.top_p} in (0, 1]")
+        for name in ("weak_gpus", "strong_gpus"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative (0: all)")
+        for name in ("tasks", "methods", "seeds"):
+            if len(set(values := getattr(self, name))) < len(values):
+                raise InputError(f"--{name} {' '.join(map(str, values))}: name each once")
+        if not self.out or Path(self.out).exists() and not Path(self.out).is_dir():
+            raise InputError(f"--out {self.out!r}: not a folder")
+        if self.data_dir and not Path(self.data_dir).is_dir():
+            raise InputError(f"--data-dir {self.data_dir!r}: no such folder")
+        if self.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise InputError("--tensorboard: the package is not there; pip install tensorboard")
+        if any(s < 0 for s in self.seeds):
+            raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: must not be negative")
+        for spec in (self.weak, self.strong):
+            ModelSpec.parse(spec)
+
+
+def show_config(given: dict, task: str) -> None:
+    """Every field of a task's configuration, its value, and whether a flag, the task, the preset or the default set it."""
+    config = Config.of(task, **given)
+    layers = {"flag": given, f"{config.preset}, {task}": PER_TASK.get((config.preset, task), {}),
+              f"preset {config.preset}": PRESETS[config.preset]}  # fmt: skip
+    print0(task)
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        print0(f"  {f.name:24}{shown!s:60} {next((name for name, of in layers.items() if f.name in of), 'default')}")
