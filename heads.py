@@ -11,8 +11,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels import resolve
-from model import to_device
-from train import LOSSES, TrainConfig, batches, loss_and_gradient, lr_at
+from model import Classifier, to_device
+from train import LOSSES, TrainConfig, batches, check_finite, forward_all, loss_and_gradient, lr_at
+
+
+def finetune_and_predict(
+    classifier: Classifier, texts: dict[str, list[str]], part: str, labels: list[Tensor], configs: list[TrainConfig]
+) -> list[dict[str, Tensor]]:
+    """By each of E heads the class probabilities [N, K] of every part's texts. Head e learns `part` with labels[e] [N, K]."""
+    dev = classifier.model.device
+
+    x = {name: forward_all(classifier, t, configs[0], classifier.features).to(dev) for name, t in texts.items()}
+    weights = finetune_heads(x[part], [y.to(dev) for y in labels], configs, classifier.kernels)
+    probs = [{name: (x[name] @ w.T).softmax(-1).cpu() for name in x} for w in weights]
+    for of_head in probs:
+        for p in of_head.values():
+            check_finite(p)
+    return probs
 
 
 def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], kernels: str = "auto") -> Tensor:

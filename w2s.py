@@ -15,311 +15,51 @@ depends on has changed, continued when it was killed.
 
 import dataclasses
 import functools
-import gc
 import hashlib
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import data.prepare
 import debate
 import generate
-import heads
-import model
 import page
 import plan as estimate
 import report
+import steps
 import train
 from common import (
-    ALONE,
     InputError,
     Ranks,
-    align_by_id,
     check_out,
     parse_given,
     print0,
     read_jsonl,
     run_script,
     world,
-    write_jsonl,
     write_text,
 )
 from config import FIGURE_METHODS, METHODS, NO_FIGURES, REFERENCE_RUNS, ZERO_SHOT, Config, Method, show_config
-from debate import PROTOCOLS, assign_side, judge_input, transcript_text, with_evidence
+from debate import PROTOCOLS
 from generate import DebateConfig
-from model import Classifier, ModelSpec, load_tokenizer
+from model import ModelSpec, load_tokenizer
 from reach import reached
 from stages import Stage, State, digest, is_locked, locked, read_manifest, settings_of
+from steps import Debates, Files, Held, Run, ZeroShot
 from train import TrainConfig
-
-# ---- what a stage does ----
-
-
-class Debates(NamedTuple):
-    """Transcripts of one protocol: how many turns for each debate seed."""
-
-    protocol: str
-    model: ModelSpec
-    turns: dict[int, int]
-
-
-class ZeroShot(NamedTuple):
-    """What a model answers without training."""
-
-    model: ModelSpec
-    evidence: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One finetuning: `model` learns `labels` of the samples of `part` and predicts those of `predicts`.
-
-    `reads` is what it sees of a sample (see Method); of a protocol's transcripts it reads the first `turns` turns of
-    `debate_seed`. `labels` is a file; without one, the part's own ground truth.
-    """
-
-    name: str
-    model: ModelSpec
-    train: TrainConfig
-    reads: str = "nothing"
-    debate_seed: int = 0
-    turns: int = 0
-    order: str = "first"  # of transcript and question
-    part: str = "train_b"
-    labels: Path | None = None
-    predicts: tuple[str, ...] = ("train_b", "test")
-    keep: bool = False
-    heads: bool = False
-
-    def same_texts(self, other: "Run") -> bool:
-        """Whether two runs read the same, so that a frozen model's features serve both."""
-        mine, others = ((r.model, r.reads, r.debate_seed, r.turns, r.part) for r in (self, other))
-        return mine == others
-
-
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """Where the samples and transcripts of a task lie."""
-
-    folder: Path
-    task: str
-
-    def samples(self, part: str) -> Path:
-        return self.folder / f"data/{part}.jsonl"
-
-    def evidence(self, part: str) -> Path:
-        return self.folder / f"data/{part}.evidence.jsonl"
-
-    def transcripts(self, protocol: str, seed: int, part: str) -> Path:
-        return self.folder / f"transcripts/{protocol}/seed{seed}/{part}.jsonl"
-
-
-# ---- what a finetuned model reads of a sample: one function for each value of `reads` ----
-
-
-def read_nothing(run: Run, files: Files, part: str) -> list[dict]:
-    """The samples as they are: floor, ceiling, students and naive judges."""
-    return read_jsonl(files.samples(part))
-
-
-def read_evidence(run: Run, files: Files, part: str) -> list[dict]:
-    """The passage itself, in place of a debate about it."""
-    samples = joined(files.samples(part), files.evidence(part))
-    return [s | {"text": with_evidence(s["evidence"], s["text"])} for s in samples]
-
-
-def read_sides(run: Run, files: Files, part: str) -> list[dict]:
-    """The sides that the debaters take, without their arguments."""
-
-    def sides(sample: dict) -> str:
-        return transcript_text(files.task, "debate", [assign_side(sample["id"], turn) for turn in (0, 1)], ["", ""])
-
-    return [s | {"text": judge_input(s["text"], sides(s), run.order)} for s in read_jsonl(files.samples(part))]
-
-
-def read_transcript(run: Run, files: Files, part: str) -> list[dict]:
-    """The first turns of a transcript, and the question."""
-    samples = joined(files.samples(part), files.transcripts(run.reads, run.debate_seed, part))
-
-    def said(s: dict) -> str:
-        return transcript_text(files.task, run.reads, s["sides"][: run.turns], s["turns"][: run.turns])
-
-    return [s | {"text": judge_input(s["text"], said(s), run.order)} for s in samples]
-
-
-READ = {"nothing": read_nothing, "evidence": read_evidence, "sides": read_sides} | dict.fromkeys(
-    PROTOCOLS, read_transcript
-)
-
-
-def weak_choice(classifier: Classifier, task: str, order: str) -> Callable[[list[dict], list[dict]], list[int]]:
-    """For market-making: samples and their transcripts so far -> the class that the weak floor prefers."""
-
-    def shown(sample: dict, row: dict) -> str:
-        said = transcript_text(task, "market_making", row["sides"], row["turns"])
-        return judge_input(sample["text"], said, order) if row["turns"] else sample["text"]
-
-    def choose(samples: list[dict], rows: list[dict]) -> list[int]:
-        texts = [shown(s, r) for s, r in zip(samples, rows, strict=True)]
-        return train.predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
-
-    return choose
-
-
-# ---- the work of a stage ----
-
-
-class Held:
-    """The one model in memory: the classifier or the debater that is asked for. What was held before gives way first."""
-
-    def __init__(self):
-        self.key, self.model = None, None
-        self.heads: dict[str, dict] = {}  # of --head-only: what was predicted, by run
-
-    def get(self, load: type, *key):
-        """`load(*key)`, or what is held when it was made so."""
-        if (load, key) != self.key:
-            self.release()
-            self.key, self.model = (load, key), load(*key)
-        return self.model
-
-    def release(self) -> None:
-        if self.key:
-            self.key = self.model = None
-            gc.collect()  # sharded models hold on to themselves
-            torch.cuda.empty_cache()
-
-    def classifier(self, spec: ModelSpec, settings: TrainConfig, ranks: Ranks) -> Classifier:
-        return self.get(Classifier, spec, 2, getattr(torch, settings.dtype), settings.kernels, ranks)
-
-
-def make_data(
-    task: str, data_dir: str | None, models: tuple, limits: dict, out: Path, ranks: Ranks, held: Held
-) -> dict:
-    tokenizers = tuple(map(load_tokenizer, models))
-    return data.prepare.prepare(task, out, data_dir and Path(data_dir), tokenizers=tokenizers, **limits)
-
-
-def make_debates(
-    files: Files, work: Debates, settings: DebateConfig, judge: tuple | None, out: Path, ranks: Ranks, held: Held
-) -> dict:
-    """Transcripts of both halves. `judge` of market-making: the weak floor's folder and how its questions are made."""
-    cost: dict[str, int] = {}
-    choose = judge and weak_choice(Classifier(ModelSpec(str(judge[0])), 2, judge[1]), files.task, judge[2])
-    speaker = functools.partial(held.get, generate.ENGINES[settings.engine], work.model, settings, ranks)
-    for n in sorted(set(work.turns.values())):
-        for part in ("train_a", "train_b"):
-            rows = debated(files, part)
-            paths = {k: out / f"seed{k}" / f"{part}.jsonl" for k in work.turns if work.turns[k] == n}
-            new = debate.make_transcripts(
-                speaker, files.task, work.protocol, rows, paths, n, settings.batch_size, choose,
-                settings.engine == "sharded", ranks,
-            )  # fmt: skip
-            cost = {k: cost.get(k, 0) + v for k, v in new.items()}
-    held.release()
-    return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in work.turns}}
-
-
-def make_zero_shot(files: Files, work: ZeroShot, settings: DebateConfig, out: Path, ranks: Ranks, held: Held) -> dict:
-    """Class probabilities of train_b and test by the likelihood of the two sides' names."""
-    speaker = held.get(generate.Debater, work.model, settings)
-    for part in ("train_b", "test"):
-        rows = debated(files, part) if work.evidence else read_jsonl(files.samples(part))
-        probs = debate.zero_shot(speaker, files.task, rows)
-        if ranks.rank == 0:
-            write_jsonl(out / f"{part}.jsonl", [{"id": r["id"], "probs": p} for r, p in zip(rows, probs, strict=True)])
-    return {}
-
-
-def debated(files: Files, part: str) -> list[dict]:
-    """What debaters read: the samples, with evidence where the task has any."""
-    has_evidence = files.evidence(part).exists()
-    return joined(files.samples(part), files.evidence(part)) if has_evidence else read_jsonl(files.samples(part))
-
-
-def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
-    """Finetune, predict, and keep the model where asked."""
-    classifier = held.classifier(run.model, run.train, ranks)
-    rows = labelled(files, run, read)
-    cost = train.finetune(
-        classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), run.train, out / "steps.jsonl"
-    )
-    for part in run.predicts:
-        rows = read(run, files, part)
-        probs = train.predict(classifier, [r["text"] for r in rows], run.train)
-        if ranks.rank == 0:
-            write_jsonl(out / f"{part}.jsonl", train.prediction_rows(rows, probs))
-    if run.keep:
-        model.save_model(classifier, out / "model", run.train, f"{files.task}, {run.name}")
-    return {name: value for name, value in cost.items() if name != "log"}
-
-
-def labelled(files: Files, run: Run, read: Callable) -> list[dict]:
-    """The run's training samples as it reads them, with their labels."""
-    rows = read(run, files, run.part)
-    if run.labels is None:
-        return rows
-    labels = align_by_id(read_jsonl(run.labels), [r["id"] for r in rows], str(run.labels))
-    return [{**r, **y} for r, y in zip(rows, labels, strict=True)]
-
-
-def make_head(files: Files, run: Run, all_runs: Callable, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
-    """--head-only: the run's head, trained with those of all runs that read the same."""
-    if run.name not in held.heads:
-        held.heads |= train_heads(files, [r for r in all_runs() if r.same_texts(run)], read, held)
-    probs, cost = held.heads[run.name]
-    for part in run.predicts if ranks.rank == 0 else ():
-        write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(run, files, part), probs[part]))
-    return cost
-
-
-def train_heads(files: Files, runs: list[Run], read: Callable, held: Held) -> dict[str, tuple[dict, dict]]:
-    """By run: probabilities of each part, and cost. The texts become features only once."""
-    start, settings = time.time(), runs[0].train
-    classifier = held.classifier(runs[0].model, settings, ALONE)
-
-    def features(rows: list[dict]) -> torch.Tensor:
-        texts = [r["text"] for r in rows]
-        return train.forward_all(classifier, texts, settings, classifier.features).to(classifier.model.device)
-
-    rows = [labelled(files, r, read) for r in runs]
-    labels = [train.soft_labels(of_run, 2).to(classifier.model.device) for of_run in rows]
-    weights = heads.finetune_heads(features(rows[0]), labels, [r.train for r in runs], settings.kernels)
-    x = {part: features(read(runs[0], files, part)) for part in {p: 0 for r in runs for p in r.predicts}}
-    probs = [
-        {part: (x[part] @ w.T).softmax(-1).cpu() for part in r.predicts} for r, w in zip(runs, weights, strict=True)
-    ]
-    for p in probs:
-        for part in p:
-            train.check_finite(p[part])
-    cost = {"seconds": round((time.time() - start) / len(runs), 3), "train_tokens": 0}
-    return {r.name: (p, cost) for r, p in zip(runs, probs, strict=True)}
-
-
-def average_labels(members: list[Path], out: Path, ranks: Ranks, held: Held) -> dict:
-    """Weak labels: the arithmetic mean of the members' probabilities."""
-    tables = [read_jsonl(path) for path in members]
-    ids = [r["id"] for r in tables[0]]
-    tables = [align_by_id(t, ids, str(path)) for t, path in zip(tables, members, strict=True)]
-    mean = [
-        [sum(p) / len(p) for p in zip(*(r["probs"] for r in rows), strict=True)] for rows in zip(*tables, strict=True)
-    ]
-    write_jsonl(out / "train_b.jsonl", [{"id": i, "probs": p} for i, p in zip(ids, mean, strict=True)])
-    return {"samples": len(ids)}
-
 
 # ---- the steps of one task, in the paper's order ----
 
-# Tables of which a stage records the entry that it uses; models, which it records by their weights; what reports progress.
+# What does not make a stage stale as code: tables of which it records the entry that it uses, models, which it records by
+# their weights, what reports progress, and descriptions of the work.
 APART = (
     "LOSSES", "READ", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
-    "StepLog", "progress_line", "print0", "model_card", "Held",
+    "StepLog", "progress_line", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
 )  # fmt: skip
 
 
@@ -359,13 +99,6 @@ class Experiment:
         """The samples: train_a for the weak models, train_b for the strong one, and test."""
         c, task = self.config, data.prepare.TASKS[self.task]
         limits = {"limit_train": c.limit_train, "limit_test": c.limit_test, "max_tokens": c.max_sample_tokens}
-
-        def make(out: Path, ranks: Ranks, held: Held) -> dict:
-            tokenizers = load_tokenizer(self.weak), load_tokenizer(self.strong)
-            return data.prepare.prepare(
-                self.task, out, c.data_dir and Path(c.data_dir), tokenizers=tokenizers, **limits
-            )
-
         row = {k: v for k, v in vars(task).items() if k not in ("formatter", "wording")}
         made_with = {
             "data_dir": c.data_dir and "local",
@@ -373,8 +106,8 @@ class Experiment:
         }
         return Stage(
             self.folder / "data", {"task": self.task} | row | made_with | limits,
-            {p.name: p for p in source_files(self.task, c.data_dir)}, functools.partial(make_data, self.task, c.data_dir, (self.weak, self.strong), limits),
-            code=reached([make_data, task.formatter], APART),
+            {p.name: p for p in source_files(self.task, c.data_dir)}, functools.partial(steps.make_data, self.task, c.data_dir, (self.weak, self.strong), limits),
+            code=reached([steps.make_data, task.formatter], APART),
         )  # fmt: skip
 
     def weak_floor(self, seed: int) -> Run:
@@ -393,16 +126,16 @@ class Experiment:
         inputs = {part: files.samples(part) for part in ("train_a", "train_b")}
         if self.has_evidence:
             inputs |= {f"{part} evidence": files.evidence(part) for part in inputs}
-        judge, more, roots = None, {}, [make_debates, generate.ENGINES[c.engine]]
+        judge, more, roots = None, {}, [steps.make_debates, generate.ENGINES[c.engine]]
         if protocol == "market_making":
             folder = self.finetuning(self.market_making_judge()).folder / "model"
             inputs["weak_floor"], more = folder, {"transcript": c.transcript}
             judge = (folder, getattr(torch, c.dtype), c.transcript)
-            roots.append(weak_choice)
+            roots.append(steps.weak_choice)
         work = Debates(protocol, self.strong, turns)
         return Stage(
             self.folder / "transcripts" / protocol, inputs=inputs,
-            make=functools.partial(make_debates, files, work, settings, judge),
+            make=functools.partial(steps.make_debates, files, work, settings, judge),
             **settings_of(settings, model=self.strong.identity(), wording=self.wording(), **more),
             minimum={str(k): n for k, n in turns.items()}, code=reached(roots, APART), on_all_ranks=True, work=work,
         )  # fmt: skip
@@ -422,8 +155,8 @@ class Experiment:
         folder = self.folder / "predictions" / who.replace("_", "-")
         asked = {"model": work.model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
         return Stage(
-            folder, asked | {"wording": self.wording()}, inputs, functools.partial(make_zero_shot, files, work, settings),
-            code=reached([make_zero_shot, generate.Debater], APART), on_all_ranks=True, twins=self.twins(folder), work=work,
+            folder, asked | {"wording": self.wording()}, inputs, functools.partial(steps.make_zero_shot, files, work, settings),
+            code=reached([steps.make_zero_shot, generate.Debater], APART), on_all_ranks=True, twins=self.twins(folder), work=work,
         )  # fmt: skip
 
     def twins(self, folder: Path) -> tuple[Path, ...]:
@@ -454,7 +187,7 @@ class Experiment:
         members = {m.name: self.finetuning(m).folder / "train_b.jsonl" for m in self.train_members(METHODS[name], seed)}
         return Stage(
             self.weak_labels(name, seed).parent, {"members": list(members)}, members,
-            functools.partial(average_labels, list(members.values())), code=reached([average_labels], APART),
+            functools.partial(steps.average_labels, list(members.values())), code=reached([steps.average_labels], APART),
         )  # fmt: skip
 
     def weak_labels(self, name: str, seed: int) -> Path:
@@ -483,7 +216,7 @@ class Experiment:
     def finetuning(self, run: Run) -> Stage:
         """The stage of a run: its probabilities on each part that it predicts, in predictions/<name>."""
         c, files = self.config, self.files
-        read = READ[run.reads]
+        read = steps.READ[run.reads]
         parts = {run.part, *run.predicts}
         inputs: dict = {part: files.samples(part) for part in parts}
         if run.labels:
@@ -497,9 +230,9 @@ class Experiment:
                 inputs[f"{part} transcripts"] = functools.partial(beginning, path, run.turns)
         if run.reads in ("sides", *PROTOCOLS):
             reads |= {"turns": run.turns, "order": run.order, "sides": self.wording()["sides"]}
-        make = functools.partial(make_run, files, run, read)
+        make = functools.partial(steps.make_run, files, run, read)
         if run.heads:
-            make = functools.partial(make_head, files, run, self.all_runs, read)
+            make = functools.partial(steps.make_head, files, run, self.all_runs, read)
         folder = (self.runs if run.heads else self.folder) / "predictions" / run.name
         return Stage(
             folder, inputs=inputs, make=make,
@@ -610,18 +343,6 @@ def results_folder(config: Config) -> Path:
 def source_of(task: str) -> str:
     """Tasks of one source have the same samples, with and without evidence."""
     return data.prepare.TASKS[task].source or task
-
-
-def joined(samples: Path, more: Path) -> list[dict]:
-    """Samples with what another file holds on them, matched by id."""
-    rows = read_jsonl(samples)
-    return [r | m for r, m in zip(rows, align_by_id(read_jsonl(more), [r["id"] for r in rows], str(more)), strict=True)]
-
-
-def tokens_by_turn(folder: Path) -> list[int]:
-    """Of all transcripts of a debate seed, how many tokens each turn has."""
-    rows = [r["n_tokens"] for path in sorted(folder.glob("*.jsonl")) for r in read_jsonl(path)]
-    return [sum(turn) for turn in zip(*rows, strict=True)]
 
 
 def beginning(path: Path, turns: int) -> str:

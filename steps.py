@@ -1,0 +1,276 @@
+"""What each step of the method does: read, debate, finetune, average. w2s.py puts the steps in order.
+
+A step fills its stage's folder: `make_...(files, work, ..., out, ranks, held)` writes files to `out` and returns what it cost.
+"""
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import data.prepare
+import debate
+import generate
+import heads
+import train
+from common import ALONE, Ranks, align_by_id, read_jsonl, write_jsonl
+from debate import PROTOCOLS, assign_side, judge_input, transcript_text, with_evidence
+from generate import DebateConfig
+from model import Classifier, ModelSpec, load_tokenizer, save_model
+from train import TrainConfig
+
+# ---- what a stage does ----
+
+
+class Debates(NamedTuple):
+    """Transcripts of one protocol: how many turns for each debate seed."""
+
+    protocol: str
+    model: ModelSpec
+    turns: dict[int, int]
+
+
+class ZeroShot(NamedTuple):
+    """What a model answers without training."""
+
+    model: ModelSpec
+    evidence: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finetuning: `model` learns `labels` of the samples of `part` and predicts those of `predicts`.
+
+    `reads` is what it sees of a sample (see Method); of a protocol's transcripts it reads the first `turns` turns of
+    `debate_seed`. `labels` is a file; without one, the part's own ground truth.
+    """
+
+    name: str
+    model: ModelSpec
+    train: TrainConfig
+    reads: str = "nothing"
+    debate_seed: int = 0
+    turns: int = 0
+    order: str = "first"  # of transcript and question
+    part: str = "train_b"
+    labels: Path | None = None
+    predicts: tuple[str, ...] = ("train_b", "test")
+    keep: bool = False
+    heads: bool = False
+
+    def same_texts(self, other: "Run") -> bool:
+        """Whether two runs read the same, so that a frozen model's features serve both."""
+        mine, others = ((r.model, r.reads, r.debate_seed, r.turns, r.part) for r in (self, other))
+        return mine == others
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where the samples and transcripts of a task lie."""
+
+    folder: Path
+    task: str
+
+    def samples(self, part: str) -> Path:
+        return self.folder / f"data/{part}.jsonl"
+
+    def evidence(self, part: str) -> Path:
+        return self.folder / f"data/{part}.evidence.jsonl"
+
+    def transcripts(self, protocol: str, seed: int, part: str) -> Path:
+        return self.folder / f"transcripts/{protocol}/seed{seed}/{part}.jsonl"
+
+
+# ---- what a finetuned model reads of a sample: one function for each value of `reads` ----
+
+
+def read_nothing(run: Run, files: Files, part: str) -> list[dict]:
+    """The samples as they are: floor, ceiling, students and naive judges."""
+    return read_jsonl(files.samples(part))
+
+
+def read_evidence(run: Run, files: Files, part: str) -> list[dict]:
+    """The passage itself, in place of a debate about it."""
+    samples = joined(files.samples(part), files.evidence(part))
+    return [s | {"text": with_evidence(s["evidence"], s["text"])} for s in samples]
+
+
+def read_sides(run: Run, files: Files, part: str) -> list[dict]:
+    """The sides that the debaters take, without their arguments."""
+
+    def sides(sample: dict) -> str:
+        return transcript_text(files.task, "debate", [assign_side(sample["id"], turn) for turn in (0, 1)], ["", ""])
+
+    return [s | {"text": judge_input(s["text"], sides(s), run.order)} for s in read_jsonl(files.samples(part))]
+
+
+def read_transcript(run: Run, files: Files, part: str) -> list[dict]:
+    """The first turns of a transcript, and the question."""
+    samples = joined(files.samples(part), files.transcripts(run.reads, run.debate_seed, part))
+
+    def said(s: dict) -> str:
+        return transcript_text(files.task, run.reads, s["sides"][: run.turns], s["turns"][: run.turns])
+
+    return [s | {"text": judge_input(s["text"], said(s), run.order)} for s in samples]
+
+
+READ = {"nothing": read_nothing, "evidence": read_evidence, "sides": read_sides} | dict.fromkeys(
+    PROTOCOLS, read_transcript
+)
+
+
+def weak_choice(classifier: Classifier, task: str, order: str) -> Callable[[list[dict], list[dict]], list[int]]:
+    """For market-making: samples and their transcripts so far -> the class that the weak floor prefers."""
+
+    def shown(sample: dict, row: dict) -> str:
+        said = transcript_text(task, "market_making", row["sides"], row["turns"])
+        return judge_input(sample["text"], said, order) if row["turns"] else sample["text"]
+
+    def choose(samples: list[dict], rows: list[dict]) -> list[int]:
+        texts = [shown(s, r) for s, r in zip(samples, rows, strict=True)]
+        return train.predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
+
+    return choose
+
+
+# ---- the work of a stage ----
+
+
+class Held:
+    """The one model in memory: the classifier or the debater that is asked for. What was held before gives way first."""
+
+    def __init__(self):
+        self.key, self.model = None, None
+        self.heads: dict[str, dict] = {}  # of --head-only: what was predicted, by run
+
+    def get(self, load: type, *key):
+        """`load(*key)`, or what is held when it was made so."""
+        if (load, key) != self.key:
+            self.release()
+            self.key, self.model = (load, key), load(*key)
+        return self.model
+
+    def release(self) -> None:
+        if self.key:
+            self.key = self.model = None
+            gc.collect()  # sharded models hold on to themselves
+            torch.cuda.empty_cache()
+
+    def classifier(self, spec: ModelSpec, settings: TrainConfig, ranks: Ranks) -> Classifier:
+        return self.get(Classifier, spec, 2, getattr(torch, settings.dtype), settings.kernels, ranks)
+
+
+def make_data(
+    task: str, data_dir: str | None, models: tuple, limits: dict, out: Path, ranks: Ranks, held: Held
+) -> dict:
+    tokenizers = tuple(map(load_tokenizer, models))
+    return data.prepare.prepare(task, out, data_dir and Path(data_dir), tokenizers=tokenizers, **limits)
+
+
+def make_debates(
+    files: Files, work: Debates, settings: DebateConfig, judge: tuple | None, out: Path, ranks: Ranks, held: Held
+) -> dict:
+    """Transcripts of both halves. `judge` of market-making: the weak floor's folder and how its questions are made."""
+    cost: dict[str, int] = {}
+    choose = judge and weak_choice(Classifier(ModelSpec(str(judge[0])), 2, judge[1]), files.task, judge[2])
+    speaker = functools.partial(held.get, generate.ENGINES[settings.engine], work.model, settings, ranks)
+    for n in sorted(set(work.turns.values())):
+        for part in ("train_a", "train_b"):
+            rows = debated(files, part)
+            paths = {k: out / f"seed{k}" / f"{part}.jsonl" for k in work.turns if work.turns[k] == n}
+            new = debate.make_transcripts(
+                speaker, files.task, work.protocol, rows, paths, n, settings.batch_size, choose,
+                settings.engine == "sharded", ranks,
+            )  # fmt: skip
+            cost = {k: cost.get(k, 0) + v for k, v in new.items()}
+    held.release()
+    return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in work.turns}}
+
+
+def make_zero_shot(files: Files, work: ZeroShot, settings: DebateConfig, out: Path, ranks: Ranks, held: Held) -> dict:
+    """Class probabilities of train_b and test by the likelihood of the two sides' names."""
+    speaker = held.get(generate.Debater, work.model, settings)
+    for part in ("train_b", "test"):
+        rows = debated(files, part) if work.evidence else read_jsonl(files.samples(part))
+        probs = debate.zero_shot(speaker, files.task, rows)
+        if ranks.rank == 0:
+            write_jsonl(out / f"{part}.jsonl", [{"id": r["id"], "probs": p} for r, p in zip(rows, probs, strict=True)])
+    return {}
+
+
+def debated(files: Files, part: str) -> list[dict]:
+    """What debaters read: the samples, with evidence where the task has any."""
+    has_evidence = files.evidence(part).exists()
+    return joined(files.samples(part), files.evidence(part)) if has_evidence else read_jsonl(files.samples(part))
+
+
+def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
+    """Finetune, predict, and keep the model where asked."""
+    classifier = held.classifier(run.model, run.train, ranks)
+    rows = labelled(files, run, read)
+    cost = train.finetune(
+        classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), run.train, out / "steps.jsonl"
+    )
+    for part in run.predicts:
+        rows = read(run, files, part)
+        probs = train.predict(classifier, [r["text"] for r in rows], run.train)
+        if ranks.rank == 0:
+            write_jsonl(out / f"{part}.jsonl", train.prediction_rows(rows, probs))
+    if run.keep:
+        save_model(classifier, out / "model", run.train, f"{files.task}, {run.name}")
+    return {name: value for name, value in cost.items() if name != "log"}
+
+
+def labelled(files: Files, run: Run, read: Callable) -> list[dict]:
+    """The run's training samples as it reads them, with their labels."""
+    rows = read(run, files, run.part)
+    if run.labels is None:
+        return rows
+    labels = align_by_id(read_jsonl(run.labels), [r["id"] for r in rows], str(run.labels))
+    return [{**r, **y} for r, y in zip(rows, labels, strict=True)]
+
+
+def make_head(files: Files, run: Run, all_runs: Callable, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
+    """--head-only: the run's head, trained at once with those of all runs that read the same."""
+    if run.name not in held.heads:
+        start, alike = time.time(), [r for r in all_runs() if r.same_texts(run)]
+        parts = dict.fromkeys([run.part, *(part for r in alike for part in r.predicts)])
+        texts = {part: [row["text"] for row in read(run, files, part)] for part in parts}
+        labels = [train.soft_labels(labelled(files, r, read), 2) for r in alike]
+        classifier = held.classifier(run.model, run.train, ALONE)
+        probs = heads.finetune_and_predict(classifier, texts, run.part, labels, [r.train for r in alike])
+        cost = {"seconds": round((time.time() - start) / len(alike), 3), "train_tokens": 0}
+        held.heads |= {r.name: (p, cost) for r, p in zip(alike, probs, strict=True)}
+    probs, cost = held.heads[run.name]
+    for part in run.predicts if ranks.rank == 0 else ():
+        write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(run, files, part), probs[part]))
+    return cost
+
+
+def average_labels(members: list[Path], out: Path, ranks: Ranks, held: Held) -> dict:
+    """Weak labels: the arithmetic mean of the members' probabilities."""
+    tables = [read_jsonl(path) for path in members]
+    ids = [r["id"] for r in tables[0]]
+    tables = [align_by_id(t, ids, str(path)) for t, path in zip(tables, members, strict=True)]
+    mean = [
+        [sum(p) / len(p) for p in zip(*(r["probs"] for r in rows), strict=True)] for rows in zip(*tables, strict=True)
+    ]
+    write_jsonl(out / "train_b.jsonl", [{"id": i, "probs": p} for i, p in zip(ids, mean, strict=True)])
+    return {"samples": len(ids)}
+
+
+def joined(samples: Path, more: Path) -> list[dict]:
+    """Samples with what another file holds on them, matched by id."""
+    rows = read_jsonl(samples)
+    return [r | m for r, m in zip(rows, align_by_id(read_jsonl(more), [r["id"] for r in rows], str(more)), strict=True)]
+
+
+def tokens_by_turn(folder: Path) -> list[int]:
+    """Of all transcripts of a debate seed, how many tokens each turn has."""
+    rows = [r["n_tokens"] for path in sorted(folder.glob("*.jsonl")) for r in read_jsonl(path)]
+    return [sum(turn) for turn in zip(*rows, strict=True)]
