@@ -124,8 +124,9 @@ READ = {"nothing": read_nothing, "evidence": read_evidence, "sides": read_sides}
 )
 
 
-def weak_choice(classifier: Classifier, task: str, order: str) -> Callable[[list[dict], list[dict]], list[int]]:
-    """For market-making: samples and their transcripts so far -> the class that the weak floor prefers."""
+def weak_choice(floor: Path, dtype: torch.dtype, task: str, order: str) -> debate.Chooser:
+    """For market-making: samples and their transcripts so far -> the class that the weak floor, a model's folder, prefers."""
+    classifier = Classifier(ModelSpec(str(floor)), 2, dtype)
 
     def shown(sample: dict, row: dict) -> str:
         said = transcript_text(task, "market_making", row["sides"], row["turns"])
@@ -173,11 +174,11 @@ def make_data(
 
 
 def make_debates(
-    files: Files, work: Debates, settings: DebateConfig, judge: tuple | None, out: Path, ranks: Ranks, held: Held
+    files: Files, work: Debates, settings: DebateConfig, judge: Callable | None, out: Path, ranks: Ranks, held: Held
 ) -> dict:
-    """Transcripts of both halves. `judge` of market-making: the weak floor's folder and how its questions are made."""
+    """Transcripts of both halves. `judge` of market-making loads the weak floor (`weak_choice`)."""
     cost: dict[str, int] = {}
-    choose = judge and weak_choice(Classifier(ModelSpec(str(judge[0])), 2, judge[1]), files.task, judge[2])
+    choose = judge and judge()
     speaker = functools.partial(held.get, generate.ENGINES[settings.engine], work.model, settings, ranks)
     for n in sorted(set(work.turns.values())):
         for part in ("train_a", "train_b"):

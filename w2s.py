@@ -126,11 +126,11 @@ class Experiment:
         inputs = {part: files.samples(part) for part in ("train_a", "train_b")}
         if self.has_evidence:
             inputs |= {f"{part} evidence": files.evidence(part) for part in inputs}
-        judge, more, roots = None, {}, [steps.make_debates, generate.ENGINES[c.engine]]
+        judge, more, roots = None, {}, [steps.make_debates, generate.ENGINES[c.engine], data.prepare.Wording]
         if protocol == "market_making":
             folder = self.finetuning(self.market_making_judge()).folder / "model"
             inputs["weak_floor"], more = folder, {"transcript": c.transcript}
-            judge = (folder, getattr(torch, c.dtype), c.transcript)
+            judge = functools.partial(steps.weak_choice, folder, getattr(torch, c.dtype), self.task, c.transcript)
             roots.append(steps.weak_choice)
         work = Debates(protocol, self.strong, turns)
         return Stage(
@@ -156,7 +156,7 @@ class Experiment:
         asked = {"model": work.model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
         return Stage(
             folder, asked | {"wording": self.wording()}, inputs, functools.partial(steps.make_zero_shot, files, work, settings),
-            code=reached([steps.make_zero_shot, generate.Debater], APART), on_all_ranks=True, twins=self.twins(folder), work=work,
+            code=reached([steps.make_zero_shot, generate.Debater, data.prepare.Wording], APART), on_all_ranks=True, twins=self.twins(folder), work=work,
         )  # fmt: skip
 
     def twins(self, folder: Path) -> tuple[Path, ...]:

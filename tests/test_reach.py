@@ -1,0 +1,160 @@
+"""What a stage's code is: an edit of anything that its result can depend on makes it stale, and nothing else does."""
+
+import ast
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import reach
+from common import ALONE, ROOT
+from steps import Held
+from w2s import APART, Config, Experiment
+
+METHODS = ("finetune", "finetune_aux", "ours", "market_making", "no_argument", "evidence")
+PRODUCT = [p for p in ROOT.glob("*.py")] + [
+    p for d in ("data", "kernels", "bench", "report") for p in ROOT.glob(f"{d}/*.py")
+]
+
+
+def experiment(out: Path) -> Experiment:
+    given = {"preset": "smoke", "tasks": ("sciq_evidence",), "methods": METHODS, "seeds": (0,), "limit_train": 24}
+    return Experiment(Config.of("sciq_evidence", **given, limit_test=8, out=str(out)), "sciq_evidence")
+
+
+def kind_of(name: str) -> str:
+    """The kind of a stage by its folder: all of one kind have the same code."""
+    starts = {
+        "strong-finetune_aux": "student aux", "strong-": "student", "weak-naive": "student", "weak-no_argument": "sides",
+        "weak-evidence": "passage", "weak-": "reader", "zero-shot": "zero-shot", "seed": "labels",
+    }  # fmt: skip
+    return next((kind for start, kind in starts.items() if name.startswith(start)), name)
+
+
+def codes(out: Path) -> dict[str, dict[str, str]]:
+    reach.parse.cache_clear()
+    reach.definition.cache_clear()
+    found: dict[str, dict[str, str]] = {}
+    for stage in experiment(out).stages():
+        code = found.setdefault(kind_of(stage.folder.name), stage.code)
+        assert code == stage.code, stage.folder
+    return found
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """A copy of the sources to edit; returns which kinds of stages an edit makes stale."""
+    for path in PRODUCT:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    before = codes(tmp_path / "out")
+    monkeypatch.setattr(reach, "ROOT", tmp_path)
+
+    def stale(file: str, old: str, new: str) -> set[str]:
+        path = tmp_path / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times"
+        path.write_text(text.replace(old, new))
+        after = codes(tmp_path / "out")
+        path.write_text(text)
+        return {kind for kind in before if before[kind] != after[kind]}
+
+    yield stale
+    monkeypatch.undo()
+    codes(tmp_path / "out")
+
+
+def mutated(text: str, name: str) -> str:
+    """The source with one more statement at the beginning of a function or method."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            node.body.insert(0, ast.parse("edited = 1").body[0])
+    return ast.unparse(tree)
+
+
+DEBATES = {"debate", "market_making"}
+TRAINED = {
+    "student",
+    "student aux",
+    "sides",
+    "passage",
+    "reader",
+    "market_making",
+}  # market-making asks a trained judge
+BY_FUNCTION = {  # written by hand, from the paper's steps
+    "data/prepare.py split_in_half": {"data"},
+    "data/prepare.py sciq": {"data"},
+    "data/prepare.py boolq": set(),
+    "debate.py speaker": {*DEBATES, "reader", "sides"},
+    "debate.py assign_side": {*DEBATES, "sides"},
+    "debate.py judge_input": {"market_making", "reader", "sides"},
+    "debate.py zero_shot": {"zero-shot"},
+    "debate.py run_protocol": DEBATES,
+    "generate.py sample": {*DEBATES, "zero-shot"},
+    "train.py lr_at": TRAINED - {"market_making"},
+    "train.py batches": TRAINED - {"market_making"},
+    "train.py logconf": {"student aux"},
+    "train.py product": set(),
+    "kernels/conf_loss.py hardening_threshold": TRAINED - {"market_making"},
+    "model.py packed_attention": TRAINED,
+    "steps.py average_labels": {"labels"},
+    "steps.py read_sides": {"sides"},
+    "steps.py read_transcript": {"reader"},
+    "stages.py finish": set(),
+    "plan.py show": set(),
+    "w2s.py status": set(),
+}
+
+
+def test_edit_of_a_function_makes_exactly_its_stages_stale(edited):
+    for place, kinds in BY_FUNCTION.items():
+        file, name = place.split()
+        text = (ROOT / file).read_text()
+        assert edited(file, text, mutated(text, name)) == kinds, place
+
+
+def test_what_changes_no_result_makes_nothing_stale(edited):
+    text = (ROOT / "train.py").read_text()
+    assert edited("train.py", '    """Cosine from the peak', '    """A cosine from the peak') == set()
+    assert edited("train.py", "    return peak * 0.5", "    # half a cosine\n\n    return (peak) * 0.5") == set()
+    assert edited("train.py", text, "# a comment\n" + text) == set()
+    assert (
+        edited(
+            "train.py", "    compile: bool =", '    new: float = flag(1.0, "a new field", float)\n    compile: bool ='
+        )
+        == set()
+    )
+    raised = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Raise))
+    error = ast.get_source_segment(text, raised)
+    assert edited("train.py", error, 'raise InputError("another text")') == set()
+    assert edited("train.py", "    return peak * 0.5", "    return peak * 0.6") == TRAINED - {"market_making"}
+
+
+def test_all_that_runs_is_in_the_code_of_the_stage(tmp_path):
+    """The proof that reach.py overlooks nothing: every function of ours that runs while a stage is made."""
+    files = {str(p): ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in PRODUCT}
+    ran: set[str] = set()
+
+    def name_of(frame) -> str:
+        module = files.get(frame.f_code.co_filename)
+        return f"{module}.{frame.f_code.co_qualname.split('.')[0]}" if module else ""
+
+    def note(frame, event, argument):
+        if event == "call" and (name := name_of(frame)):
+            callers = [name]
+            while frame := frame.f_back:
+                callers.append(name_of(frame).rsplit(".")[-1])
+            if not {c.rsplit(".")[-1] for c in callers} & set(APART):
+                ran.add(name)
+
+    held = Held()
+    for stage in experiment(tmp_path).stages():
+        ran.clear()
+        begun = stage.begin()
+        sys.setprofile(note)
+        cost = stage.make(stage.folder, ALONE, held)
+        sys.setprofile(None)
+        stage.finish(*begun, {"seconds": 0, **cost})
+        assert ran <= stage.code.keys(), stage.folder
