@@ -32,10 +32,7 @@ import data.prepare
 import debate
 import generate
 import heads
-import page
 import plan as estimate
-import report
-import stats
 import train
 from common import (
     ROOT,
@@ -51,12 +48,15 @@ from common import (
     read_jsonl,
     run_script,
     write_jsonl,
-    write_text,
 )
 from debate import PROTOCOLS, assign_side, judge_input, transcript_text, with_evidence
 from generate import DebateConfig
 from kernels import CHOICES, conf_loss, resolve
 from model import Classifier, ModelSpec, load_tokenizer, resolve_dtype
+from report import stats
+from report.figures import write_tensorboard
+from report.page import write
+from report.rows import Run, collect
 from stages import Stage, digest, is_locked, locked, read_manifest
 from train import TrainConfig
 
@@ -288,7 +288,6 @@ class Experiment:
         self.folder = Path(config.out) / task  # data and debates
         self.runs = results_folder(config) / task  # what is trained on them
         self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
-        self.otherwise: list[str] = []  # stale but still reported
         self.heads: dict[Path, dict[str, tuple]] = {}  # of --head-only: features -> run -> labelled rows, TrainConfig
 
     def classifier(self, model: ModelSpec, sharded: bool = False):
@@ -620,62 +619,16 @@ class Experiment:
             wanted += [*self.reference_runs(seed).values(), *(self.train_student(n, seed) for n in methods)]
         yield from {stage.folder: stage for stage in wanted}.values()
 
-    def results(self) -> Iterator[dict]:
-        """One row per (method, seed) that is done: accuracy, the supervisor's accuracy, cost and provenance."""
+    def runs_to_report(self) -> Iterator[Run]:
+        """Every row of results.jsonl, finished or not: the reference runs and the students of each seed."""
         for seed in self.config.seeds:
-            students = {n: self.train_student(n, seed) for n in self.methods()}
-            for name, stage in (self.reference_runs(seed) | students).items():
-                if self.is_there(stage):
-                    supervisor = self.label_with_ensemble(name, seed).folder if name in METHODS else None
-                    row = report.result_row(self.task, name, seed, self.folder, stage.folder, supervisor)
-                    yield row | (self.supervision_cost(METHODS[name], seed) if supervisor else {})
-
-    def readings(self) -> Iterator[dict]:
-        """The weak models that are done and read debates: where their transcripts and probabilities on train_b are,
-        and those of the weak floor, which read none."""
-
-        seen, out = set(), Path(self.config.out)
-        methods = [m for m in self.methods().values() if m.reads in PROTOCOLS]
-        for seed in self.config.seeds:
-            before = self.weak_floor(seed).folder / "train_b.jsonl"
-            for m in methods:
-                for (k, j), stage in zip(m.members, self.train_members(m, seed), strict=True):
-                    said = self.folder / f"transcripts/{m.reads}/seed{k}/train_b.jsonl"
-                    if stage.folder not in seen and said.exists() and before.exists() and self.is_there(stage):
-                        seen.add(stage.folder)
-                        manifest = read_manifest(stage.folder)
-                        yield {
-                            "task": self.task, "protocol": m.reads, "turns": m.turns, "debate_seed": k,
-                            "finetune_seed": j, "seed": seed, "sides": debate.PROMPTS[self.task].sides,
-                            **report.origin(manifest),
-                            "transcripts": str(said.relative_to(out)), "before": str(before.relative_to(out)),
-                            "predictions": str((stage.folder / "train_b.jsonl").relative_to(out)),
-                        }  # fmt: skip
-
-    def is_there(self, stage: Stage) -> bool:
-        """Whether a stage can be reported: done, with these settings or others. Raises InputError on files changed since."""
-        difference = stage.difference()
-        for line in difference or ():
-            if line.startswith(("output ", "manifest.json")):
-                raise InputError(f"{stage.folder}: {line}; `run` makes it again")
-        if difference and not read_manifest(stage.folder).keys() >= {"config", "inputs", "seconds", "commit", "device"}:
-            raise InputError(f"{stage.folder}: manifest.json lacks what a stage writes; `run` makes it again")
-        if difference:
-            self.otherwise.append(stage.folder.name)
-        return difference is not None
-
-    def supervision_cost(self, method: Method, seed: int) -> dict:
-        """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
-        members = [read_manifest(m.folder) or {} for m in self.train_members(method, seed)]
-        debates = read_manifest(self.folder / "transcripts" / method.reads) or {}
-        samples = sum(len(read_jsonl(self.file(f"{part}.jsonl"))) for part in ("train_a", "train_b"))
-        seeds = {k for k, _ in method.members}
-        turns = samples * method.turns * len(seeds)
-        share = turns / debates["turns"] if debates else 0
-        seconds = sum(m.get("seconds", 0) for m in members) + share * debates.get("seconds", 0)
-        said = sum(sum(debates["tokens"][str(k)][: method.turns]) for k in seeds) if debates else 0
-        tokens = sum(m.get("train_tokens", 0) for m in members) + said
-        return {"supervision_seconds": round(seconds, 3), "supervision_tokens": tokens}
+            for name, stage in self.reference_runs(seed).items():
+                yield Run(self.task, name, seed, stage)
+            for name, m in self.methods().items():
+                judges = dict(zip(m.members, self.train_members(m, seed), strict=True))
+                labels = self.label_with_ensemble(name, seed).folder
+                student, sides = self.train_student(name, seed), debate.PROMPTS[self.task].sides
+                yield Run(self.task, name, seed, student, labels, m.reads, m.turns, judges, sides)
 
 
 def results_folder(config: Config) -> Path:
@@ -806,28 +759,17 @@ def release(cached) -> None:
 
 
 def write_report(experiments: list[Experiment]) -> None:
-    out = Path(experiments[0].config.out)
-    rows = [row for e in experiments for row in e.results()]
-    if not rows:
-        raise InputError(f"--out {out}: nothing is finished there yet; start with `python w2s.py run`")
+    config = experiments[0].config
     labels = REFERENCE_RUNS | ZERO_SHOT | {n: m.label for n, m in METHODS.items()}
     shown = {n: m.shown for n, m in METHODS.items()}
-    into = results_folder(experiments[0].config)
-    readings = [reading for e in experiments for reading in e.readings()]
-    made = report.collect(out, rows, readings, labels, shown)
-    paths = [*report.write(made, into), into / "report.html"]
-    write_text(paths[-1], page.build(made, out, into))
-    write_text(into / "README.md", report.card(made))
-    otherwise = sum(len(e.otherwise) for e in experiments)
-    if otherwise:
-        print0(f"note: {otherwise} runs were made with other settings or inputs than these; `status` says with which")
-    if experiments[0].config.tensorboard:
-        report.write_tensorboard(made, out, into / "tensorboard")
-    for path in paths:
-        if path.suffix == ".md":
-            print0(path.read_text())
-    for path in paths:
-        print0(f"wrote {path}")
+    report = collect(Path(config.out), [run for e in experiments for run in e.runs_to_report()], labels, shown)
+    write(report, results_folder(config))
+    if config.tensorboard:
+        write_tensorboard(report, results_folder(config) / "tensorboard")
+    if report.stale:
+        print0(
+            f"note: {report.stale} runs were made with other settings or inputs than these; `status` says with which"
+        )
 
 
 def states(experiments: list[Experiment]) -> list[dict]:
