@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from common import align_by_id, print0, read_jsonl, write_jsonl, write_text
+from common import align_by_id, dump_row, print0, read_jsonl, write_text
 from report import figures, stats, tables
 from report.rows import Report, scored
 
@@ -21,18 +21,19 @@ CURVES = ("weak_floor", "finetune", "ours", "strong_ceiling")
 
 def write(report: Report, into: Path) -> None:
     """Write all files of a report; print the tables and what was written."""
-    write_jsonl(into / "results.jsonl", report.rows)
-    write_jsonl(into / "debates.jsonl", report.debates)
-    write_text(into / "summary.json", json.dumps(report.summary, indent=1) + "\n")
-    write_text(into / "README.md", tables.card(report))
-    write_text(into / "report.html", build(report, into))
-    texts = {"verdict.md": "".join(f"{tables.joined(v)}\n" for v in tables.verdicts(report.summary))}
-    texts |= {f"tables/{table.name}.md": table.markdown() for table in tables.tables(report)}
-    for name, text in texts.items():
+    printed = {"verdict.md": "".join(f"{tables.joined(v)}\n" for v in tables.verdicts(report.summary))}
+    printed |= {f"tables/{table.name}.md": table.markdown() for table in tables.tables(report)}
+    files = {
+        f"{name}.jsonl": "".join(map(dump_row, rows))
+        for name, rows in (("results", report.rows), ("debates", report.debates))
+    }
+    files |= {"summary.json": json.dumps(report.summary, indent=1) + "\n", **printed, "README.md": tables.card(report)}
+    files["report.html"] = build(report, into)
+    for name, text in files.items():
         write_text(into / name, text)
+    for text in printed.values():
         print0(text)
-    names = ["results.jsonl", "debates.jsonl", "summary.json", *texts, "report.html"]
-    for path in [*(into / name for name in names), *figures.write_figures(report, into / "figures")]:
+    for path in [*(into / name for name in files), *figures.write_figures(report, into / "figures")]:
         print0(f"wrote {path}")
 
 
@@ -43,7 +44,6 @@ def build(report: Report, into: Path, max_debates: int = 5000, max_bytes: int = 
     """
     text = Path(__file__).with_name("page.html").read_text()
     script = text.split("<script>")[1].split("</script>")[0]
-    sources = {row["digest"]: source(row) for row in [*report.rows, *report.debates]}
     debates = debates_to_read(report)
     sizes = accumulate(d["bytes"] for d in debates[:max_debates])
     shown = debates[: sum(size <= max_bytes for size in sizes)]
@@ -57,17 +57,8 @@ def build(report: Report, into: Path, max_debates: int = 5000, max_bytes: int = 
         transcripts=sorted({r["transcripts"] for r in report.debates}),
         choices={key: sorted({str(d[key]) for d in shown}) for key in ("task", "protocol", "seed", "label", "verdict")},
         link=lambda path: os.path.relpath(report.out / path, into),
-        sources=lambda number: "\n".join(sources[digest] for digest in number.rows),
+        by_digest={row["digest"]: row for row in [*report.rows, *report.debates]},
     )  # fmt: skip
-
-
-def source(row: dict) -> str:
-    """Where a number comes from, as a tooltip."""
-    name = row.get("method") or f"debates read by {Path(row['predictions']).parent.name}"
-    return (
-        f"{row['task']}, {name}, seed {row['seed']}: row {row['digest']}, config {row['config']}, inputs {row['inputs']}, "
-        f"commit {row['commit']}, {row['seconds']} s"
-    )
 
 
 def visible(text: str) -> str:

@@ -9,10 +9,9 @@ import numpy as np
 BOUNDS = ("weak_floor", "strong_ceiling")
 ZERO_SHOT = ("zero_shot_weak", "zero_shot_strong", "zero_shot_evidence")
 REFERENCES = {*BOUNDS, *ZERO_SHOT}  # reported beside the methods: neither tested nor given a PGR
-RESAMPLES = 2000
 
 
-def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = RESAMPLES) -> dict[str, np.ndarray]:
+def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, np.ndarray]:
     """Resampled accuracies [resamples] of each method from its correct answers [S, N].
 
     Seeds and items are drawn with replacement, independently, the same draw for every method. The intervals cover the
@@ -67,12 +66,11 @@ def brier(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def reliability(probs: np.ndarray, labels: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean confidence, accuracy, count) of each bin that is not empty; bins of equal width of the likelier class's
-    probability."""
+    """(mean confidence, accuracy, count) of each filled bin of equal width of the likelier class's probability."""
     confidence, correct = probs.max(1), probs.argmax(1) == labels
     index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    members = [index == b for b in np.unique(index)]
-    return [(float(confidence[m].mean()), float(correct[m].mean()), int(m.sum())) for m in members]
+    filled = [index == b for b in np.unique(index)]
+    return [(float(confidence[f].mean()), float(correct[f].mean()), int(f.sum())) for f in filled]
 
 
 def ece(probs: np.ndarray, labels: np.ndarray) -> float:
@@ -80,12 +78,11 @@ def ece(probs: np.ndarray, labels: np.ndarray) -> float:
     return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in reliability(probs, labels)) / len(labels)
 
 
-def cells(correct: dict[str, np.ndarray], resamples: int = RESAMPLES) -> dict[str, dict]:
-    """For each method accuracy, difference from plain finetuning (with its p, and p adjusted by Holm) and PGR, each with
-    its interval, and the number of seeds.
+def cells(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, dict]:
+    """For each method accuracy, difference from plain finetuning (with p, and p adjusted by Holm) and PGR, with intervals.
 
-    PGR is the ratio of means over seeds, (student - weak) / (ceiling - weak); floor, student and ceiling are resampled
-    together. It is None where the interval of ceiling - floor reaches zero.
+    PGR is the ratio of means over seeds; floor, student and ceiling are resampled together. It is None where the interval
+    of ceiling - floor reaches zero.
     """
     draws, tested, out = bootstrap_means(correct, resamples), {}, {}
     for name, c in correct.items():

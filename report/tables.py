@@ -57,26 +57,20 @@ class Number(NamedTuple):
         return self.text
 
 
-class Part(NamedTuple):
-    """The lines of one task; a line, like the footnote, holds strings and Numbers."""
-
-    head: list[str]
-    lines: list[list]
-    footnote: list
-
-
 class Table(NamedTuple):
+    """`parts`: of each task the lines, the head first, and a footnote; both hold strings and Numbers."""
+
     name: str
     title: str
-    parts: list[Part]
+    parts: list[tuple[list[list], list]]
     note: str
 
     def markdown(self) -> str:
         lines = [f"### {self.title}", ""]
-        for part in self.parts:
-            lines += ["| " + " | ".join(part.head) + " |", "|---" * len(part.head) + "|"]
-            lines += ["| " + " | ".join(map(str, line)) + " |" for line in part.lines]
-            lines += ["", joined(part.footnote), ""] if part.footnote else [""]
+        for part, footnote in self.parts:
+            rows = ["| " + " | ".join(map(str, line)) + " |" for line in part]
+            lines += [rows[0], "|---" * len(part[0]) + "|", *rows[1:], ""]
+            lines += [joined(footnote), ""] if footnote else []
         return "\n".join([*lines, self.note]) + "\n"
 
 
@@ -117,7 +111,7 @@ def tables(report: Report) -> list[Table]:
         parts = []
         for task, named in (debates if name == "debates" else methods).items():
             lines = [[label, *(mean_number(rows, field) for field in columns)] for label, rows in named.items()]
-            parts.append(Part([task, *columns.values()], lines, []))
+            parts.append(([[task, *columns.values()], *lines], []))
         if parts:
             found.append(Table(name, title, parts, note))
     return found
@@ -130,7 +124,8 @@ def table_of_methods(report: Report, name: str) -> Table:
     if name == "table2":
         methods = [*stats.ZERO_SHOT, "weak_floor", *methods, "strong_ceiling"]
     for task, cells in report.summary.items():
-        lines, footnote = [], []
+        head = [task, "accuracy %", "paper", "PGR %", "paper", "minus finetune", "p", "weak labels %"]
+        lines, footnote = [head], []
         for m in methods:
             in_paper = m in paper and task in paper["tasks"]
             theirs = paper[m][paper["tasks"].index(task)] if in_paper else (None, None)
@@ -144,8 +139,7 @@ def table_of_methods(report: Report, name: str) -> Table:
             footnote = [f"Seeds: {ceiling['seeds']}. Ceiling minus floor ", gap, end]
         if constant := [report.labels[m] for m in methods if cells.get(m, {}).get("constant")]:
             footnote.append(f" The same answer to every test item, in at least one seed: {', '.join(constant)}.")
-        head = [task, "accuracy %", "paper", "PGR %", "paper", "minus finetune", "p", "weak labels %"]
-        parts.append(Part(head, lines, footnote))
+        parts.append((lines, footnote))
     return Table(name, TABLES[name], parts, METHODS_NOTE)
 
 
@@ -171,13 +165,10 @@ def verdicts(summary: dict) -> list[list]:
 
 CARD = """---
 configs:
-- {config_name: predictions, data_files: [{split: test, path: "*/predictions/*/test.jsonl"},
-  {split: train_b, path: "*/predictions/*/train_b.jsonl"}]}
+- {config_name: predictions, data_files: [{split: test, path: "*/predictions/*/test.jsonl"}, {split: train_b, path: "*/predictions/*/train_b.jsonl"}]}
 - {config_name: weak_labels, data_files: "*/weak_labels/*/*/train_b.jsonl"}
-- {config_name: transcripts, data_files: [{split: train_a, path: "*/transcripts/*/*/train_a.jsonl"},
-  {split: train_b, path: "*/transcripts/*/*/train_b.jsonl"}]}
-- {config_name: samples, data_files: [{split: train_a, path: "*/data/train_a.jsonl"},
-  {split: test, path: "*/data/test.jsonl"}]}
+- {config_name: transcripts, data_files: [{split: train_a, path: "*/transcripts/*/*/train_a.jsonl"}, {split: train_b, path: "*/transcripts/*/*/train_b.jsonl"}]}
+- {config_name: samples, data_files: [{split: train_a, path: "*/data/train_a.jsonl"}, {split: test, path: "*/data/test.jsonl"}]}
 - {config_name: results, data_files: results.jsonl}
 - {config_name: debates, data_files: debates.jsonl}
 ---

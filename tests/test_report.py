@@ -1,6 +1,5 @@
 """report/: every number leads to its rows, and nothing that a transcript says can act on the page."""
 
-import html.parser
 import json
 import re
 import shutil
@@ -107,38 +106,6 @@ def small(tmp_path_factory):
     return out, report, (out / "report.html").read_text()
 
 
-class Numbers(html.parser.HTMLParser):
-    """The numbers of a page that lead to rows: (text, attributes); and the cells of tables that do not, with their column."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.numbers, self.others, self.head = [], [], []
-        self.link = self.cell = None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "a" and dict(attrs).get("class") == "n":
-            self.link = dict(attrs)
-        elif tag == "tr":
-            self.column = -1
-        elif tag in ("td", "th"):
-            self.column, self.cell = self.column + 1, tag
-            if (tag, self.column) == ("th", 0):
-                self.head = []
-
-    def handle_endtag(self, tag):
-        self.link = None if tag == "a" else self.link
-        self.cell = None if tag in ("td", "th") else self.cell
-
-    def handle_data(self, data):
-        if self.link is not None:
-            self.numbers.append((data, self.link))
-        elif self.cell == "th":
-            self.head.append(data)
-        elif self.cell == "td" and data.strip() and self.head[0] != "row":
-            self.others.append((self.head[self.column] if self.column else "", data))
-
-
 def correct_answers(out) -> dict[str, np.ndarray]:
     """Method -> [S, N], from the predictions."""
     gold = {r["id"]: r["label"] for r in read_jsonl(out / "sciq/data/test.jsonl")}
@@ -155,10 +122,16 @@ def test_every_number_is_found_again_from_the_rows_it_names(small):
     out, report, text = small
     rows = {r["digest"]: r for name in ("results", "debates") for r in read_jsonl(out / f"{name}.jsonl")}
     assert len(rows) == len(report.rows) + len(report.debates) == 16
-    found = Numbers(text)
-    assert len(found.numbers) > 60 and all(f'id="r-{digest}"' in text for digest in rows)
-    assert {head for head, x in found.others if re.search(r"\d", x)} <= {"", "paper"}  # "": the names of the lines
+    assert all(f'id="r-{digest}"' in text for digest in rows)
+    for table in re.findall(r"<table>(.*?)</table>", text, re.S)[:-1]:  # the last lists the rows
+        heads, *lines = (re.findall(r"<t[hd]>(.*?)</t[hd]>", line, re.S) for line in table.split("<tr>")[1:])
+        for head, cell in [pair for line in lines for pair in zip(heads[1:], line[1:], strict=True)]:
+            assert 'class="n"' in cell or head == "paper" or not re.search(r"\d", cell)
+    numbers = re.findall(r'"n" href="#r-(\w+)" data-field="(\w+)" data-rows="([^"]+)" title="([^"]+)">([^<]+)<', text)
+    assert len(numbers) == text.count('class="n"') > 60
     correct = correct_answers(out)
+    cell, want = report.summary["sciq"]["ours"], stats.cells(correct)["ours"]
+    assert {k: cell[k] for k in want} == want and cell["pgr"] is not None
     mean, tested = (
         {m: c.mean() for m, c in correct.items()},
         [m for m in ACCURACY if m not in (*stats.BOUNDS, "finetune")],
@@ -170,10 +143,10 @@ def test_every_number_is_found_again_from_the_rows_it_names(small):
     expected |= {("diff_vs_finetune", m): x - mean["finetune"] for m, x in mean.items()}
     expected |= {("pgr", m): (x - mean["weak_floor"]) / gap for m, x in mean.items()}
     fields = set()
-    for shown, link in found.numbers:
-        digests, field = link["data-rows"].split(), link["data-field"]
+    for target, field, digests, title, shown in numbers:
+        digests = digests.split()
         first = rows[digests[0]]
-        assert link["href"] == f"#r-{digests[0]}" and first["config"] in link["title"] and "commit abc" in link["title"]
+        assert target == digests[0] and all(f"row {d}, config {rows[d]['config']}" in title for d in digests)
         value, method = shown.split(" ")[0].replace(",", ""), first.get("method")
         own = [rows[d][field] for d in digests if rows[d].get("method") == method and field in rows[d]]
         want = expected[field, method] if (field, method) in expected else np.mean(own)
@@ -203,12 +176,6 @@ def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
     assert {k: row[k] for k in wanted} == pytest.approx(wanted)
 
 
-def test_supervision_costs_its_judges_and_its_share_of_the_debates(small):
-    row = small[1].rows[-1]
-    assert row["supervision_tokens"] == 2 * 4000 + 2 * (100 + 10 + 1)  # three turns of each debate seed
-    assert row["supervision_seconds"] == 2 * 3.0 + 8.0 * (80 * 3 * 2) / (8 * 40 * 2)
-
-
 def test_what_debates_did_is_counted_right(small):
     out, report, _ = small
     row = report.debates[0]
@@ -223,6 +190,9 @@ def test_what_debates_did_is_counted_right(small):
     } | {f"accuracy_quarter_{q + 1}": right[10 * q : 10 * q + 10] for q in range(4)}  # sample i has i + 1 tokens  # fmt: skip
     assert {k: row[k] for k in wanted} == pytest.approx({k: x.mean() for k, x in wanted.items()}) and changed.any()
     assert row["mean_tokens"] == np.mean(range(1, 41)) + 3 + 1  # three turns of the four
+    student = report.rows[-1]  # pays for two judges, and for three turns of each debate seed
+    assert student["supervision_tokens"] == 2 * 4000 + 2 * (100 + 10 + 1)
+    assert student["supervision_seconds"] == 2 * 3.0 + 8.0 * (80 * 3 * 2) / (8 * 40 * 2)
 
 
 def test_answers_that_never_change_are_flagged(tmp_path):
@@ -272,12 +242,6 @@ def test_the_page_holds_so_many_debates_and_links_the_rest(tmp_path):
 )
 def test_control_characters_are_shown(text, shown):
     assert page.visible(text) == shown
-
-
-def test_statistics_of_the_summary_are_those_of_the_predictions(small):
-    out, report, _ = small
-    cell, want = report.summary["sciq"]["ours"], stats.cells(correct_answers(out))["ours"]
-    assert {k: cell[k] for k in want} == want and cell["pgr"] is not None
 
 
 def test_a_row_that_is_a_point_too_makes_no_figure_alone(small):
@@ -339,7 +303,7 @@ def opened(browser, path, width: int = 1440, scheme: str = "light", fragment: st
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_nothing_is_cut_off(browser, small, width, scheme):
+def test_nothing_is_cut_off_and_a_number_leads_to_its_row(browser, small, width, scheme):
     tab, wrong = opened(browser, small[0] / "report.html", width, scheme)
     tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") == width
@@ -351,7 +315,9 @@ def test_nothing_is_cut_off(browser, small, width, scheme):
     ink, paper = (sum(map(int, re.findall(r"\d+", c)[:3])) / 3 for c in colours)
     assert abs(ink - paper) > 150 and (paper > 127) == (scheme == "light")
     assert tab.evaluate("getComputedStyle(document.querySelector('svg text')).fill") == colours[0]
-    assert not wrong
+    link = tab.locator("a.n").first
+    link.click()
+    assert "#" + tab.locator("tr:target").get_attribute("id") == link.get_attribute("href") and not wrong
 
 
 def test_nasty_texts_are_shown_and_do_nothing(browser, tmp_path):
@@ -383,10 +349,3 @@ def test_five_thousand_debates_are_filtered(browser, tmp_path):
     assert tab.locator("details.debate:visible").count() == wanted and not wrong
     again, _ = opened(browser, file, fragment=tab.evaluate("location.hash"))  # the address keeps the choice
     assert again.locator("output").text_content() == f"{wanted} of 5000"
-
-
-def test_a_number_leads_to_its_row(browser, small):
-    tab, _ = opened(browser, small[0] / "report.html")
-    link = tab.locator("a.n").first
-    link.click()
-    assert tab.locator("tr:target").get_attribute("id") == link.get_attribute("href")[1:]
