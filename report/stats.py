@@ -1,7 +1,7 @@
 """Statistics of predictions: intervals, tests and calibration, in numpy.
 
-`correct` is a boolean array [S, N] throughout: whether replicate s answers test item n rightly. All methods of a task
-have the same items and the same seeds, so differences and ratios are paired.
+`correct` [S, N] is boolean throughout: whether replicate s answers test item n correctly. All methods of a task have the
+same items and the same seeds, so differences and ratios are paired.
 """
 
 import numpy as np
@@ -9,18 +9,17 @@ import numpy as np
 BOUNDS = ("weak_floor", "strong_ceiling")
 ZERO_SHOT = ("zero_shot_weak", "zero_shot_strong", "zero_shot_evidence")
 REFERENCES = {*BOUNDS, *ZERO_SHOT}  # reported beside the methods: neither tested nor given a PGR
-RESAMPLES = 2000
 
 
-def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, np.ndarray]:
+def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, np.ndarray]:
     """Resampled accuracies [resamples] of each method from its correct answers [S, N].
 
-    Seeds and items are drawn with replacement, independently, the same draw for every method. What it covers: 95% with
-    five seeds of the usual spread, too little with two or three seeds that differ much, too much where they hardly
-    differ (LOG.md, tests/test_stats.py).
+    Seeds and items are drawn with replacement, independently, the same draw for every method. The intervals cover the
+    truth in 95% of studies with five seeds of the usual spread, in fewer with two or three seeds that differ much, in
+    more where seeds hardly differ (LOG.md, tests/test_stats.py).
     """
     S, N = next(iter(correct.values())).shape
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     items = np.stack([np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(resamples)], dtype=np.float32)
     seeds = rng.multinomial(S, np.full(S, 1 / S), size=resamples) / S  # [R, S]
     return {name: ((items @ (c / N).astype(np.float32).T) * seeds).sum(1) for name, c in correct.items()}
@@ -38,10 +37,10 @@ def pgr(weak: float, student: float, ceiling: float) -> float:
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Two-sided exact p of `differences` [N] (integers, one an item) under random signs: one seed gives McNemar's test.
+    """Two-sided exact p of `differences` [N] (an integer per item) under random signs: one seed gives McNemar's test.
 
     The sum of +-d_n has the characteristic function prod_n cos(t d_n); its inverse transform is the distribution.
-    The seeds are taken as they are: what another seed would change is in the intervals, not in this p.
+    The seeds count as fixed: the variation between seeds is in the intervals, not in this p.
     """
     sizes, counts = np.unique(np.abs(differences), return_counts=True)
     total = int((sizes * counts).sum())
@@ -62,16 +61,16 @@ def holm(ps: dict[str, float]) -> dict[str, float]:
 
 
 def brier(probs: np.ndarray, labels: np.ndarray) -> float:
-    """Mean squared error of the probability of class 1, from probs [N, 2] and labels [N]. Always predicting 0.5 gives 0.25."""
+    """Mean squared error of the probability of class 1, from probs [N, 2] and labels [N]; predicting 0.5 gives 0.25."""
     return float(np.mean((probs[:, 1] - labels) ** 2))
 
 
 def reliability(probs: np.ndarray, labels: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
-    """(mean confidence, accuracy, count) in each filled bin of equal width of the likelier class's probability."""
-    confidence, hit = probs.max(1), probs.argmax(1) == labels
-    of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    filled = [of == b for b in range(bins) if (of == b).any()]
-    return [(float(confidence[f].mean()), float(hit[f].mean()), int(f.sum())) for f in filled]
+    """(mean confidence, accuracy, count) of each filled bin of equal width of the likelier class's probability."""
+    confidence, correct = probs.max(1), probs.argmax(1) == labels
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    filled = [index == b for b in np.unique(index)]
+    return [(float(confidence[f].mean()), float(correct[f].mean()), int(f.sum())) for f in filled]
 
 
 def ece(probs: np.ndarray, labels: np.ndarray) -> float:
@@ -79,30 +78,28 @@ def ece(probs: np.ndarray, labels: np.ndarray) -> float:
     return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in reliability(probs, labels)) / len(labels)
 
 
-def cells(correct: dict[str, np.ndarray]) -> dict[str, dict]:
-    """For each method accuracy, lead over plain finetuning (with its p, and p adjusted by Holm) and PGR, each with its
-    interval, and the number of seeds.
+def cells(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, dict]:
+    """For each method accuracy, difference from plain finetuning (with p, and p adjusted by Holm) and PGR, with intervals.
 
-    PGR is the ratio of means over seeds, (student - weak) / (ceiling - weak); floor, student and ceiling are resampled
-    together. It is None where the interval of ceiling - floor reaches zero.
+    PGR is the ratio of means over seeds; floor, student and ceiling are resampled together. It is None where the interval
+    of ceiling - floor reaches zero.
     """
-    draws = bootstrap_means(correct)
-    out = {}
+    draws, tested, out = bootstrap_means(correct, resamples), {}, {}
     for name, c in correct.items():
         out[name] = {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name]), "seeds": len(c), "pgr": None}
         if "finetune" in correct and name != "finetune":
-            lead = float(c.mean() - correct["finetune"].mean())
-            out[name] |= {"lead": lead, "lead_ci": interval(draws[name] - draws["finetune"])}
+            out[name]["diff_vs_finetune"] = float(c.mean() - correct["finetune"].mean())
+            out[name]["diff_vs_finetune_ci"] = interval(draws[name] - draws["finetune"])
             out[name]["p"] = sign_flip_p(c.sum(0, dtype=int) - correct["finetune"].sum(0, dtype=int))
-    tested = {n: c["p"] for n, c in out.items() if "p" in c and n not in REFERENCES}
+            if name not in REFERENCES:
+                tested[name] = out[name]["p"]
     for name, p in holm(tested).items():
         out[name]["p_holm"] = p
     if correct.keys() >= set(BOUNDS):
         weak, ceiling = (draws[b] for b in BOUNDS)
-        gap = interval(ceiling - weak)
-        lead = out["strong_ceiling"]["accuracy"] - out["weak_floor"]["accuracy"]
-        out["strong_ceiling"] |= {"gap": lead, "gap_ci": gap}
-        for name in correct.keys() - REFERENCES if gap[0] > 0 else ():
+        gap = out["strong_ceiling"]["accuracy"] - out["weak_floor"]["accuracy"]
+        out["strong_ceiling"] |= {"gap": gap, "gap_ci": interval(ceiling - weak)}
+        for name in correct.keys() - REFERENCES if out["strong_ceiling"]["gap_ci"][0] > 0 else ():
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = pgr(weak, draws[name], ceiling)
             accuracy = [out[n]["accuracy"] for n in ("weak_floor", name, "strong_ceiling")]

@@ -1,0 +1,1 @@
+"""Statistics, result rows, tables, figures and report.html, from what runs left on disk."""
