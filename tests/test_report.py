@@ -12,7 +12,7 @@ import w2s
 from common import InputError, read_jsonl, write_jsonl, write_text
 from report import page, stats, tables
 from report.figures import points_of
-from report.rows import Report, Run, collect, result_row
+from report.rows import Report, Reported, collect, result_row
 from stages import Stage
 
 NASTY = {
@@ -47,7 +47,7 @@ def finished(folder, seconds: float = 1.0) -> Stage:
     return Stage(folder, config, {}, lambda out: {})
 
 
-def fake_runs(out, n: int = 40, seeds=(0, 1), texts=("What is it?",), debate_seeds=(0, 1)) -> list[Run]:
+def fake_runs(out, n: int = 40, seeds=(0, 1), texts=("What is it?",), debate_seeds=(0, 1)) -> list[Reported]:
     """A folder as a run leaves it, with made-up predictions."""
     rng, task = np.random.default_rng(0), out / "sciq"
     gold = rng.integers(0, 2, n)
@@ -86,11 +86,11 @@ def fake_runs(out, n: int = 40, seeds=(0, 1), texts=("What is it?",), debate_see
     for seed in seeds:
         judges = {(k, 0): run(f"weak-debate-d{k}-t3-f0-s{seed}", 0.65, 3.0) for k in debate_seeds}
         for k, (method, accuracy) in enumerate(ACCURACY.items()):
-            runs.append(Run("sciq", method, seed, run(f"{method}-s{seed}", accuracy, 10.5 + k)))
+            runs.append(Reported("sciq", method, seed, run(f"{method}-s{seed}", accuracy, 10.5 + k)))
             if k > 1:
                 labels = task / f"weak_labels/{method}/seed{seed}"
                 predictions(labels / "train_b.jsonl", 0.65)
-                runs[-1] = Run(*runs[-1][:4], labels, "debate", 3, judges, ("incorrect", "correct"))
+                runs[-1] = Reported(*runs[-1][:4], labels, "debate", 3, judges, ("incorrect", "correct"))
     return runs
 
 
@@ -168,7 +168,7 @@ def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
     write_predictions(labels / "train_b.jsonl", [0.75, 0.25, 0.25, 0.75])  # right, wrong, right, wrong
     write_predictions(stage.folder / "train_b.jsonl", [0.75, 0.25, 0.75, 0.75])  # agrees, agrees, does not, agrees
     write_predictions(stage.folder / "test.jsonl", [0.75] * 4)
-    row, _ = result_row(tmp_path, Run("sciq", "ours", 0, stage, labels))
+    row, _ = result_row(tmp_path, Reported("sciq", "ours", 0, stage, labels))
     wanted = {
         "accuracy": 0.5, "correct": 2, "n": 4, "brier": (0.0625 + 0.5625) / 2, "ece": 0.25, "frac_pred_1": 1,
         "weak_label_accuracy": 0.5, "weak_label_frac_pred_1": 0.5, "error_inheritance": 1.0, "correction": 0.0, "new_errors": 0.5,
