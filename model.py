@@ -24,6 +24,7 @@ from data.convert_qwen import FIRST_QWEN, converted_folder
 from data.models import BUILTIN, builtin_folder
 from kernels import resolve
 from kernels.head import head
+from optim import MasterAdam
 from stages import digest
 
 # ---- where a model is, and how it is loaded ----
@@ -256,8 +257,9 @@ class Classifier:
         self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
         if self.sharded:
             self.shard()
-        for p in self.model.base_model.parameters() if not self.sharded else ():
-            p.data = p.data.to(device(), dtype)  # of the weights alone: rotary frequencies, a buffer, stay float32
+        else:
+            for p in self.model.base_model.parameters():
+                p.data = p.data.to(device(), dtype)  # weights alone: rotary frequencies, buffers, stay float32
         self.model.score.float()
         self.model.to(device())
 
@@ -283,7 +285,7 @@ class Classifier:
         return list(self.load().base_model.parameters())
 
     @functools.cached_property
-    def optimizer(self) -> "MasterAdam":
+    def optimizer(self) -> MasterAdam:
         return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
 
     def reset(self, config) -> None:
@@ -323,72 +325,6 @@ class Classifier:
         if not all(ids):
             raise ValueError(f"text {ids.index([])} has no token for the head to read: {texts[ids.index([])]!r}")
         return [i[:max_tokens] for i in ids], sum(len(i) > max_tokens for i in ids)
-
-
-class MasterAdam:
-    """Adam on float32 master weights, of a sharded parameter on this rank's shard. A float32 parameter is its own master;
-    a bfloat16 one is its master's rounded copy, and its gradients are summed in float32.
-
-    Rounded parameters are handled as lists: few launches, however many they are. The buffers serve run after run.
-    """
-
-    def __init__(self, params: list[Tensor]):
-        self.params, self.masters = params, [local_shard(p).float() for p in params]
-        self.rounded = [p for p in params if p.dtype != torch.float32]
-        self.of_rounded = [m for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
-        self.sums = [torch.empty_like(m) for m in self.of_rounded]
-        self.adam = torch.optim.Adam(self.masters, fused=True)
-
-    @torch.no_grad()
-    def reset(self, starts: list[Tensor]) -> None:
-        """Begin a run: masters from `starts` (whole, on any device), no moments, no gradients."""
-        for p, m, start in zip(self.params, self.masters, starts, strict=True):
-            m.copy_(shard_of(start, p))
-        self.round()
-        self.adam.state.clear()
-        self.drop_gradients()
-
-    @torch.no_grad()
-    def accumulate_grads(self, first: bool) -> None:
-        """After a backward: gradients of rounded parameters into their sums, anew (first) or on top. Autograd sums the others."""
-        if self.rounded:
-            (torch._foreach_copy_ if first else torch._foreach_add_)(self.sums, [p.grad for p in self.rounded])
-        for p in self.rounded:
-            p.grad = None
-
-    def step(self, lr: float) -> None:
-        sums = iter(self.sums)
-        for p, m in zip(self.params, self.masters, strict=True):
-            m.grad = local_shard(p.grad) if p.dtype == torch.float32 else next(sums)
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        self.round()
-        self.drop_gradients()
-
-    @torch.no_grad()
-    def round(self) -> None:
-        if self.rounded:
-            torch._foreach_copy_(self.rounded, self.of_rounded)
-
-    def drop_gradients(self) -> None:
-        """Nothing is zeroed: the next backward hands over tensors of its own."""
-        for x in (*self.params, *self.masters):
-            x.grad = None
-
-
-def local_shard(x: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor, or the tensor; it shares the memory and carries no gradient."""
-    x = x.detach()
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def shard_of(whole: Tensor, p: Tensor) -> Tensor:
-    """The rows of `whole` that are this rank's shard of `p`: FSDP2 cuts the first dimension into equal parts, the last
-    ones shorter or empty."""
-    if not hasattr(p, "device_mesh"):
-        return whole
-    rows = -(-len(whole) // p.device_mesh.size())
-    return whole[rows * p.device_mesh.get_local_rank() :][:rows]
 
 
 # ---- as an ordinary folder ----
