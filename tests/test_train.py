@@ -289,6 +289,7 @@ def test_the_shards_are_those_of_torch_chunk(rows, ranks):
 
 LOADING = """
 import json, sys, threading, time
+from pathlib import Path
 import torch
 from common import gather, rank, run_script, write_text
 from model import Classifier, ModelSpec
@@ -311,7 +312,7 @@ def main():
     wholes = zip(classifier.model.base_model.parameters(), classifier.pretrained, strict=True)
     same = [torch.equal(getattr(p, "full_tensor", lambda: p)(), w) for p, w in wholes]
     if rank() == 0:
-        write_text(sys.argv[2], json.dumps([used, all(same)]))
+        write_text(Path(sys.argv[2]), json.dumps([used, all(same)]))
 
 run_script(main)
 """
