@@ -50,17 +50,17 @@ class ModelSpec:
 
     def source(self) -> dict:
         """Arguments that say to `from_pretrained` where the model is; built-in models are made on first use."""
-        if self.name in BUILTIN:
-            return {"pretrained_model_name_or_path": str(builtin_folder(self.name))}
-        if self.name in FIRST_QWEN:
-            return {"pretrained_model_name_or_path": str(converted_folder(self.name, self.revision))}
-        if Path(self.name).is_dir():
-            check_folder(Path(self.name))
-        if Path(self.name).is_dir() or self.name.count("/") == 1 and not self.name.startswith((".", "/")):
-            return {"pretrained_model_name_or_path": self.name, "revision": self.revision or "main"}
-        raise InputError(
-            f"model {self.name!r}: no such folder, and neither a hub id (owner/name) nor built in ({', '.join(BUILTIN)})"
-        )
+        name = self.name
+        if name in BUILTIN:
+            name = str(builtin_folder(name))
+        elif name in FIRST_QWEN:
+            name = str(converted_folder(name, self.revision))
+        elif Path(name).is_dir():
+            check_folder(Path(name))
+        elif name.count("/") != 1 or name.startswith((".", "/")):
+            known = f"neither a hub id (owner/name) nor built in ({', '.join(BUILTIN)})"
+            raise InputError(f"model {name!r}: no such folder, and {known}")
+        return {"pretrained_model_name_or_path": name, "revision": self.revision or "main"}
 
     def identity(self) -> dict:
         """What a manifest records of the model: a local folder's digest, or the built-in's or hub's name and revision."""
@@ -83,9 +83,8 @@ def check_folder(folder: Path) -> None:
         what = "no" if config is None else "no readable"
         raise InputError(f"model {str(folder)!r}: {what} config.json there; name a Hugging Face model's folder")
     if config.get("model_type") == "qwen":
-        raise InputError(
-            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.convert_qwen {folder} OUT` converts it"
-        )
+        how = f"`python -m data.convert_qwen {folder} OUT` converts it"
+        raise InputError(f"model {str(folder)!r}: a first-generation Qwen; {how}")
     shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {})
     names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
     for name in names or {"model.safetensors"}:
@@ -99,11 +98,9 @@ def loading(spec: ModelSpec) -> Iterator[None]:
     """Turns what the libraries raise on a broken model into one line that names it; out-of-memory errors pass through."""
     try:
         yield
-    except (InputError, MemoryError):
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        if type(e).__name__ == "OutOfMemoryError":
-            raise
         why = (str(e) or type(e).__name__).splitlines()[0]
         if "trust_remote_code" in str(e):
             why = "asks for code of its own, which is never run; choose a model that transformers itself knows"
@@ -139,10 +136,8 @@ def load_tokenizer(spec: ModelSpec):
     with loading(spec):
         tokenizer = AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
     if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
-        raise InputError(
-            f"model {spec.name!r}: its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}; "
-            "give the model its own tokenizer"
-        )
+        why = f"its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}"
+        raise InputError(f"model {spec.name!r}: {why}; give the model its own tokenizer")
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {spec.name!r}: its tokenizer has no end-of-text token")
     tokenizer.model_max_length = int(1e9)  # length limits are ours, counted and recorded
@@ -348,7 +343,7 @@ def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) 
 
 
 def model_card(spec: ModelSpec, config, trained_on: str) -> str:
-    blocks = f", its first {spec.layers} blocks" if spec.layers else ""
+    name = Path(spec.name).name + (f", its first {spec.layers} blocks" if spec.layers else "")
     settings = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items())
     return f"""---
 library_name: transformers
@@ -356,7 +351,7 @@ pipeline_tag: text-classification
 ---
 # Finetuned on {trained_on}
 
-{Path(spec.name).name}{blocks}, with a bias-free head on the last token; class 1 is the probability that the text shown is right, or
+{name}, with a bias-free head on the last token; class 1 is the probability that the text shown is right, or
 preferred. Loaded with `dtype=torch.float32` it gives the recorded probabilities, to the rounding of {config.dtype}. Made by an
 experiment in weak-to-strong generalization: its labels may be a weak model's.
 

@@ -85,9 +85,8 @@ def check_kernel(config: "TrainConfig", kernels: str, dev: torch.device) -> None
     z, y = (torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(dev) for i in (0, 1))
     found, wanted = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
     if abs(found - wanted) > 1e-4 * (1 + abs(wanted)):
-        raise InputError(
-            f"loss {config.loss!r}: the kernel gives {found}, train.py {wanted}; choose --kernels reference"
-        )
+        why = f"the kernel gives {found}, train.py {wanted}"
+        raise InputError(f"loss {config.loss!r}: {why}; choose --kernels reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +217,7 @@ class StepLog:
 def backward_batch(
     classifier: Classifier, tokens: list[list[int]], y: Tensor, step_frac: float, config, max_tokens: int
 ):
-    """The loss of the whole batch, on every rank, and its gradients, left with the optimizer.
+    """Forward, loss, backward, accumulate: the loss of the whole batch, on every rank; its gradients are the optimizer's.
 
     Every rank runs its share of the samples. With several micro-batches the logits are computed first without gradient,
     the loss is differentiated at them, and each micro-batch is run again and pushed back from its rows of that gradient.
@@ -297,9 +296,8 @@ def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Te
 
 def check_finite(probs: Tensor) -> None:
     if wrong := (~probs.isfinite().all(-1)).nonzero().flatten().tolist():
-        raise FloatingPointError(
-            f"logits of {len(wrong)} of {len(probs)} samples are not finite, the first is sample {wrong[0]}; try a lower --lr"
-        )
+        which = f"{len(wrong)} of {len(probs)} samples are not finite, the first is sample {wrong[0]}"
+        raise FloatingPointError(f"logits of {which}; try a lower --lr")
 
 
 def soft_labels(rows: list[dict], n_classes: int) -> Tensor:
