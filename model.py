@@ -17,12 +17,14 @@ import transformers  # its parts are imported when they are used: a plan needs n
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from common import ALONE, InputError, Ranks, read_json, write_text
 from data.convert_qwen import FIRST_QWEN, converted_folder
 from data.models import BUILTIN, builtin_folder
 from kernels import resolve
 from kernels.head import head
+from optim import MasterAdam
 from stages import digest
 
 # ---- where a model is, and how it is loaded ----
@@ -48,27 +50,24 @@ class ModelSpec:
 
     def source(self) -> dict:
         """Arguments that say to `from_pretrained` where the model is; built-in models are made on first use."""
-        if self.name in BUILTIN:
-            return {"pretrained_model_name_or_path": str(builtin_folder(self.name))}
-        if self.name in FIRST_QWEN:
-            return {"pretrained_model_name_or_path": str(converted_folder(self.name, self.revision))}
-        if Path(self.name).is_dir():
-            check_folder(Path(self.name))
-        if Path(self.name).is_dir() or self.name.count("/") == 1 and not self.name.startswith((".", "/")):
-            return {"pretrained_model_name_or_path": self.name, "revision": self.revision or "main"}
-        raise InputError(
-            f"model {self.name!r}: no such folder, and neither a hub id (owner/name) nor built in ({', '.join(BUILTIN)})"
-        )
+        name = self.name
+        if name in BUILTIN:
+            name = str(builtin_folder(name))
+        elif name in FIRST_QWEN:
+            name = str(converted_folder(name, self.revision))
+        elif Path(name).is_dir():
+            check_folder(Path(name))
+        elif name.count("/") != 1 or name.startswith((".", "/")):
+            known = f"neither a hub id (owner/name) nor built in ({', '.join(BUILTIN)})"
+            raise InputError(f"model {name!r}: no such folder, and {known}")
+        return {"pretrained_model_name_or_path": name, "revision": self.revision or "main"}
 
     def identity(self) -> dict:
         """What a manifest records of the model: a local folder's digest, or the built-in's or hub's name and revision."""
-        if self.name in BUILTIN:
-            return {"weights": f"{self.name}@{BUILTIN[self.name][:16]}", "layers": self.layers}
-        path, revision = Path(self.name), self.revision or FIRST_QWEN.get(self.name, "main")
-        return {
-            "weights": digest(path) if path.is_dir() else f"{path}@{revision}",
-            "layers": self.layers,
-        }
+        built_in = BUILTIN.get(self.name, "")[:16]
+        local = digest(Path(self.name)) if not built_in and Path(self.name).is_dir() else ""
+        revision = built_in or self.revision or FIRST_QWEN.get(self.name, "main")
+        return {"weights": local or f"{self.name}@{revision}", "layers": self.layers}
 
 
 def check_folder(folder: Path) -> None:
@@ -84,9 +83,8 @@ def check_folder(folder: Path) -> None:
         what = "no" if config is None else "no readable"
         raise InputError(f"model {str(folder)!r}: {what} config.json there; name a Hugging Face model's folder")
     if config.get("model_type") == "qwen":
-        raise InputError(
-            f"model {str(folder)!r}: a first-generation Qwen; `python -m data.convert_qwen {folder} OUT` converts it"
-        )
+        how = f"`python -m data.convert_qwen {folder} OUT` converts it"
+        raise InputError(f"model {str(folder)!r}: a first-generation Qwen; {how}")
     shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {})
     names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
     for name in names or {"model.safetensors"}:
@@ -100,11 +98,9 @@ def loading(spec: ModelSpec) -> Iterator[None]:
     """Turns what the libraries raise on a broken model into one line that names it; out-of-memory errors pass through."""
     try:
         yield
-    except (InputError, MemoryError):
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        if type(e).__name__ == "OutOfMemoryError":
-            raise
         why = (str(e) or type(e).__name__).splitlines()[0]
         if "trust_remote_code" in str(e):
             why = "asks for code of its own, which is never run; choose a model that transformers itself knows"
@@ -121,6 +117,9 @@ def load_config(spec: ModelSpec, **changes):
     source = spec.source()
     with loading(spec):
         config = AutoConfig.from_pretrained(**source, **changes, trust_remote_code=False)
+    for name in vars(config):
+        if name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)  # also where activation checkpointing asks for training mode
     if spec.layers:
         if spec.layers > config.num_hidden_layers:
             raise InputError(f"model {spec.name!r} has {config.num_hidden_layers} layers, {spec.layers} were asked for")
@@ -137,10 +136,8 @@ def load_tokenizer(spec: ModelSpec):
     with loading(spec):
         tokenizer = AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
     if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
-        raise InputError(
-            f"model {spec.name!r}: its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}; "
-            "give the model its own tokenizer"
-        )
+        why = f"its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}"
+        raise InputError(f"model {spec.name!r}: {why}; give the model its own tokenizer")
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {spec.name!r}: its tokenizer has no end-of-text token")
     tokenizer.model_max_length = int(1e9)  # length limits are ours, counted and recorded
@@ -171,14 +168,13 @@ def device():
 
 def resolve_dtype(name: str):
     """auto: bfloat16 on a GPU, float32 on a CPU."""
-    return {
-        "auto": torch.bfloat16 if device().type == "cuda" else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-    }[name]
+    auto = "bfloat16" if device().type == "cuda" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
 
 
 # ---- the packed forward ----
+
+VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11 takes grouped heads unasked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +184,6 @@ class Pack:
     lengths: list[int]
     cu_seqlens: Tensor  # [B + 1] int32
     slots: Tensor  # [T] index into [B * longest]
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
 
 
 def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, Pack]:
@@ -205,42 +197,40 @@ def pack(samples: list[list[int]], dev: torch.device) -> tuple[Tensor, Tensor, P
     return to_device(ids[None], dev), to_device(positions[None], dev), where
 
 
+def to_device(x: Tensor, dev: torch.device) -> Tensor:
+    """A copy that the CPU does not wait for."""
+    return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
+
+
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **options):
     """Causal attention inside each sample of a packed batch: query [1, H, T, d], key, value [1, H_kv, T, d] -> [1, T, H, d].
 
     Raises InputError where the model asks for what is not computed here: a window shorter than a sample, capped scores, sinks.
     """
-    B, L = len(pack.lengths), pack.longest
+    B, L, groups = len(pack.lengths), max(pack.lengths), query.shape[1] // key.shape[1]
     window = options.get("sliding_window")
     if options.get("softcap") or options.get("s_aux") is not None or (window and window < L):
         raise InputError(
             f"{type(module).__name__}: its attention has sinks, capped scores or a window of {window} tokens (the longest "
             f"sample has {L}), which finetuning does not compute; choose another model, or a lower --max-tokens"
         )
-    grouped = query.shape[1] != key.shape[1]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[3] % 8 == 0:
-        from torch.nn.attention.varlen import varlen_attn
-
-        takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.11: the kernel does, unasked
-        out = varlen_attn(
-            *(x[0].transpose(0, 1) for x in (query, key, value)), pack.cu_seqlens, pack.cu_seqlens, L, L,
-            scale=scaling, window_size=(-1, 0), **({"enable_gqa": grouped} if takes_gqa else {}),
-        )  # fmt: skip
-        return out[None], None
+    if query.is_cuda and query.dtype == torch.bfloat16 and query.shape[3] % 8 == 0:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        gqa = {"enable_gqa": groups > 1} if VARLEN_TAKES_GQA else {}
+        cu = pack.cu_seqlens
+        return varlen_attn(q, k, v, cu, cu, L, L, scale=scaling, window_size=(-1, 0), **gqa)[None], None
 
     def padded(x: Tensor) -> Tensor:  # [1, H, T, d] -> [B, H, L, d]
         H, d = x.shape[1], x.shape[3]
         return x.new_zeros(B * L, H, d).index_copy(0, pack.slots, x[0].transpose(0, 1)).view(B, L, H, d).transpose(1, 2)
 
-    backends = [SDPBackend.MATH]  # on a CPU and short samples several times faster than the flash backward
-    if query.is_cuda:  # stores no scores; takes no grouped heads
-        backends, groups = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], query.shape[1] // key.shape[1]
-        key, value, grouped = (*(x.repeat_interleave(groups, 1) for x in (key, value)), False)
-    with sdpa_kernel(backends):
-        out = F.scaled_dot_product_attention(
-            padded(query), padded(key), padded(value), is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-    return out.transpose(1, 2).reshape(B * L, *out.shape[1::2])[pack.slots][None], None
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))  # EFFICIENT takes no grouped heads
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # the first, a GPU's, stores no scores
+        out = F.scaled_dot_product_attention(padded(query), padded(key), padded(value), is_causal=True, scale=scaling)
+    return out.transpose(1, 2).flatten(0, 1)[pack.slots][None], None
+
+
+# ---- the classifier ----
 
 
 class Classifier:
@@ -257,34 +247,21 @@ class Classifier:
         self.model = self.load()
         if not hasattr(self.model, "score"):
             raise InputError(f"model {spec.name!r}: a {self.model.config.model_type} is no decoder-only language model")
-        for name in vars(self.model.config):
-            if name.endswith(("dropout", "pdrop")):
-                setattr(self.model.config, name, 0.0)
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         self.model.config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         n_blocks = self.model.config.num_hidden_layers
         self.blocks = next(m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n_blocks)
-        self.rounds = not self.sharded and dtype not in (self.model.dtype, torch.float32)
         if self.sharded:
             self.shard()
         else:
-            self.model.to(dtype=dtype)
+            for p in self.model.base_model.parameters():
+                p.data = p.data.to(device(), dtype)  # weights alone: rotary frequencies, buffers, stay float32
         self.model.score.float()
         self.model.to(device())
 
     def load(self):
-        """The model on the CPU, in the dtype that its files have: a rank needs no float32 copy of the whole."""
+        """The model in the dtype of its files, which are mapped, not read: all ranks share one copy, the system's."""
         auto_class = transformers.AutoModelForSequenceClassification
         return load_model(self.spec, auto_class, "auto", num_labels=self.n_classes, attn_implementation="packed")
-
-    @functools.cached_property
-    def pretrained(self) -> list[Tensor]:
-        """Weights of the base model before any training (this rank's shards), on the CPU. Made by the first run: a model
-        that only predicts keeps none. Loaded again where the model's dtype holds them rounded."""
-        model = self.load() if self.rounds else self.model
-        return [local_shard(p).to("cpu", copy=True) for p in model.base_model.parameters()]
 
     def shard(self) -> None:
         """Spread float32 weights, gradients and moments over the ranks of the group (FSDP2); a block is whole while it
@@ -296,6 +273,15 @@ class Classifier:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
             fully_shard(module.to(device(), torch.float32), mesh=mesh, mp_policy=policy)
+
+    @functools.cached_property
+    def pretrained(self) -> list[Tensor]:
+        """Weights of the base model before any training, mapped as `load` says: not rounded, and no memory of this rank's."""
+        return list(self.load().base_model.parameters())
+
+    @functools.cached_property
+    def optimizer(self) -> MasterAdam:
+        return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
 
     def reset(self, config) -> None:
         """Ready for a run with this TrainConfig: pretrained weights, head as at the start, no moments."""
@@ -310,10 +296,6 @@ class Classifier:
         if self.sharded:
             self.model.base_model.reshard()  # a prediction leaves the root's weights gathered, and they would stay the old ones
         self.optimizer.reset([*self.pretrained, torch.zeros_like(self.model.score.weight)])
-
-    @functools.cached_property
-    def optimizer(self) -> "MasterAdam":
-        return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
 
     def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Hidden states [T, D] after the final norm, of one packed forward, and which rows of them are last tokens [B]."""
@@ -340,73 +322,7 @@ class Classifier:
         return [i[:max_tokens] for i in ids], sum(len(i) > max_tokens for i in ids)
 
 
-class MasterAdam:
-    """Adam on float32 master weights; bfloat16 parameters are their rounded copies, gradients sum in float32.
-
-    Of a sharded parameter it sees this rank's shard. Its buffers serve run after run: `reset` begins a new one. Lists of
-    tensors are handled at once: few launches, however many parameters.
-    """
-
-    def __init__(self, params: list[Tensor]):
-        self.masters = [local_shard(p).float() for p in params]
-        for p, m in zip(params, self.masters, strict=True):
-            if p.dtype == torch.float32:  # the master is the parameter itself, and so are their gradients
-                p.grad = torch.zeros_like(p)
-                m.grad = local_shard(p.grad)
-            else:
-                m.grad = torch.empty_like(m)
-        self.summed = [m.grad for p, m in zip(params, self.masters, strict=True) if p.dtype == torch.float32]
-        self.rounded = [p for p in params if p.dtype != torch.float32]
-        self.masters_of_rounded = [m for p, m in zip(params, self.masters, strict=True) if p.dtype != torch.float32]
-        self.adam = torch.optim.Adam(self.masters, fused=True)
-
-    @torch.no_grad()
-    def reset(self, starts: list[Tensor]) -> None:
-        """Masters from `starts`, moments and gradients zero."""
-        for m, start in zip(self.masters, starts, strict=True):
-            m.copy_(start)
-        self.round()
-        self.zero_gradients()
-        for state in self.adam.state.values():
-            for moment in state.values():
-                moment.zero_()
-
-    @torch.no_grad()
-    def accumulate_grads(self, first: bool) -> None:
-        """Move the gradients of rounded parameters to their masters, in place of (first) or on top of what is there."""
-        if self.rounded:
-            sums, new = [m.grad for m in self.masters_of_rounded], [p.grad for p in self.rounded]
-            torch._foreach_copy_(sums, new) if first else torch._foreach_add_(sums, new)
-        for p in self.rounded:
-            p.grad = None  # the next backward hands over its own tensor
-
-    def zero_gradients(self) -> None:
-        if self.summed:
-            torch._foreach_zero_(self.summed)
-        for p in self.rounded:
-            p.grad = None
-
-    @torch.no_grad()
-    def round(self) -> None:
-        if self.rounded:
-            torch._foreach_copy_(self.rounded, self.masters_of_rounded)
-
-    def step(self, lr: float) -> None:
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        self.round()
-        self.zero_gradients()
-
-
-def local_shard(x: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor, or the tensor; it shares the memory and carries no gradient."""
-    x = x.detach()
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def to_device(x: Tensor, dev: torch.device) -> Tensor:
-    """A copy that the CPU does not wait for."""
-    return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
+# ---- as an ordinary folder ----
 
 
 def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) -> None:
@@ -427,7 +343,7 @@ def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) 
 
 
 def model_card(spec: ModelSpec, config, trained_on: str) -> str:
-    blocks = f", its first {spec.layers} blocks" if spec.layers else ""
+    name = Path(spec.name).name + (f", its first {spec.layers} blocks" if spec.layers else "")
     settings = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items())
     return f"""---
 library_name: transformers
@@ -435,10 +351,9 @@ pipeline_tag: text-classification
 ---
 # Finetuned on {trained_on}
 
-{Path(spec.name).name}{blocks}, finetuned as a whole with a bias-free two-way head on the last token. Class 1 is the probability that the
-text shown is right, or preferred. Loaded with `dtype=torch.float32` it gives the probabilities recorded in the folder above, to
-the rounding of {config.dtype}. Made by an experiment in weak-to-strong generalization: its labels may be those
-of a weak model, and nothing but the experiment's own test split has been looked at.
+{name}, with a bias-free head on the last token; class 1 is the probability that the text shown is right, or
+preferred. Loaded with `dtype=torch.float32` it gives the recorded probabilities, to the rounding of {config.dtype}. Made by an
+experiment in weak-to-strong generalization: its labels may be a weak model's.
 
 | setting | value |
 |---|---|

@@ -6,8 +6,7 @@
 Rows of --train hold id, text and either label (a class) or probs (a soft label, [K]); rows of --test hold id, text and,
 to be scored, label. Written to --out: predictions.jsonl (id, probs) and steps.jsonl (step, loss, lr, tokens).
 
-Every batch is one padding-free forward: its samples are laid end to end, attention stays inside each sample, and only
-the last token of each sample reaches the head. Shapes: B batch, T tokens of the batch, D width, K classes.
+Every batch is one padding-free forward (model.py). Shapes: B batch, N samples, K classes.
 """
 
 import dataclasses
@@ -84,9 +83,8 @@ def check_kernel(config: "TrainConfig", kernels: str, dev: torch.device) -> None
     z, y = (torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(dev) for i in (0, 1))
     found, wanted = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
     if abs(found - wanted) > 1e-4 * (1 + abs(wanted)):
-        raise InputError(
-            f"loss {config.loss!r}: the kernel gives {found}, train.py {wanted}; choose --kernels reference"
-        )
+        why = f"the kernel gives {found}, train.py {wanted}"
+        raise InputError(f"loss {config.loss!r}: {why}; choose --kernels reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +96,7 @@ class TrainConfig:
     seed: int = flag(0, "order of the samples", int)
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
-    kernels: str = flag(
-        "auto", "head, loss and its gradient: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True
-    )
+    kernels: str = flag("auto", "head and loss: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True)
     max_tokens_per_forward: int = flag(32768, "most tokens in one forward; does not change the result", int, speed=True)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool, speed=True)
     compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool, speed=True)
@@ -153,10 +149,9 @@ def finetune(
 ) -> dict:
     """Train `classifier` from its pretrained weights on soft labels [N, K]; returns tokens, steps, cut inputs and the log.
 
-    The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are: with several
-    micro-batches the logits are computed first without gradient, the loss is differentiated at them, and each micro-batch
-    is run again and pushed back from its rows of that gradient. Rows of the log go to `steps_file` as training goes on.
-    Raises FloatingPointError on a loss that is not finite.
+    The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are. Rows of the log go
+    to `steps_file` as training goes on. Raises ValueError on labels that are no probabilities, FloatingPointError on a
+    loss that is not finite.
     """
     check_labels(labels, len(texts))
     classifier.reset(config)
@@ -164,24 +159,11 @@ def finetune(
     labels, dev = labels.float(), classifier.model.device
     if classifier.kernels != "reference":
         check_kernel(config, classifier.kernels, dev)
-    schedule, max_tokens = list(batches(len(samples), config)), config.max_tokens_per_forward
+    schedule, max_tokens, n_tokens = list(batches(len(samples), config)), config.max_tokens_per_forward, 0
     log = StepLog(f"finetune {classifier.spec.name}", len(schedule), classifier.ranks, steps_file)
-    n_tokens = 0
     for step, batch in enumerate(tqdm(schedule, desc=log.name, leave=False, disable=classifier.ranks.rank > 0 or None)):
-        y, tokens = to_device(labels[batch], dev), [samples[i] for i in batch]
-        while True:
-            try:
-                loss = backward_batch(classifier, tokens, y, step / len(schedule), config, max_tokens)
-                break
-            except torch.OutOfMemoryError:
-                max_tokens = min(max_tokens, sum(map(len, tokens))) // 2
-                if classifier.sharded or max_tokens < max(map(len, tokens)):
-                    raise
-            classifier.optimizer.zero_gradients()
-            torch.cuda.empty_cache()
-            classifier.ranks.print(
-                f"out of memory at step {step}: again with --max-tokens-per-forward {max_tokens}, which gives the same result"
-            )
+        tokens, y = [samples[i] for i in batch], to_device(labels[batch], dev)
+        loss, max_tokens = backward_that_fits(classifier, tokens, y, step / len(schedule), config, max_tokens)
         lr = lr_at(step, len(schedule), config.lr)
         classifier.optimizer.step(lr)
         n_tokens += sum(map(len, tokens))
@@ -225,25 +207,20 @@ class StepLog:
         if int(20 * done) > self.printed and seconds / done >= 20:
             self.printed = int(20 * done)
             with tqdm.external_write_mode():
-                self.ranks.print(progress_line(self.name, self.n_steps, self.rows[-1]))
-
-
-def progress_line(name: str, n_steps: int, row: dict) -> str:
-    done, seconds = (row["step"] + 1) / n_steps, row["seconds"]
-    rate, left = row["tokens"] / seconds, seconds / done - seconds
-    return (
-        f"{name}: step {row['step'] + 1} of {n_steps} ({done:.0%}), loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
-        f"{rate:.0f} tokens/s, {left / 60:.1f} min left"
-    )
+                self.ranks.print(
+                    f"{self.name}: step {row['step'] + 1} of {self.n_steps} ({done:.0%}), loss {value:.4f}, lr {row['lr']:.2e}, "
+                    f"{row['tokens'] / seconds:.0f} tokens/s, {(seconds / done - seconds) / 60:.1f} min left"
+                )
 
 
 def backward_batch(
-    classifier: Classifier, tokens: list, y: Tensor, step_frac: float, config, max_tokens: int
-) -> Tensor:
-    """The loss of the whole batch, on every rank, and its gradients, left with the optimizer.
+    classifier: Classifier, tokens: list[list[int]], y: Tensor, step_frac: float, config, max_tokens: int
+):
+    """Forward, loss, backward, accumulate: the loss of the whole batch, on every rank; its gradients are the optimizer's.
 
-    Every rank runs its share of the samples. A rank with nothing left runs a forward without gradient, so that
-    collectives match.
+    Every rank runs its share of the samples. With several micro-batches the logits are computed first without gradient,
+    the loss is differentiated at them, and each micro-batch is run again and pushed back from its rows of that gradient.
+    A rank with nothing left runs a sample whose gradient is zero, so that collectives match.
     """
     ranks = classifier.ranks
     mine = split_over_ranks([len(t) for t in tokens], max_tokens, ranks.size)[ranks.rank]
@@ -262,20 +239,32 @@ def backward_batch(
     loss, gradient = loss_and_gradient(z, y, step_frac, config, classifier.kernels)
     for n, (m, r) in enumerate(zip(mine, rows, strict=True)):
         out = logits[0] if len(mine) == 1 else forward(m)
-        of_rows = torch.zeros_like(out)
-        of_rows[: len(r)] = ranks.size * gradient[r]  # FSDP takes the mean over ranks
-        out.backward(of_rows)
+        out[: len(r)].backward(ranks.size * gradient[r])  # FSDP takes the mean over ranks
         classifier.optimizer.accumulate_grads(first=n == 0)
     if ranks.size > 1:
         torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks.size), group=ranks.group)
     return loss
 
 
+def backward_that_fits(classifier, tokens, y, step_frac, config, max_tokens) -> tuple[Tensor, int]:
+    """`backward_batch`, again with half the tokens in a forward while memory runs out: the loss, and how many tokens fit."""
+    while True:
+        try:
+            return backward_batch(classifier, tokens, y, step_frac, config, max_tokens), max_tokens
+        except torch.OutOfMemoryError:
+            max_tokens = min(max_tokens, sum(map(len, tokens))) // 2
+            if classifier.sharded or max_tokens < max(map(len, tokens)):
+                raise
+        classifier.optimizer.drop_gradients()
+        torch.cuda.empty_cache()
+        print0(f"out of memory: again with --max-tokens-per-forward {max_tokens}, which gives the same result")
+
+
 def check_labels(labels: Tensor, n: int) -> None:
     """Raises ValueError where the labels are not N >= 1 probability vectors."""
-    if n < 1 or labels.ndim != 2 or len(labels) != n:
+    if not 0 < n == len(labels) or labels.ndim != 2:
         raise ValueError(f"{n} samples with labels of shape {list(labels.shape)}; expected [N, K] with N >= 1")
-    wrong = (labels < 0).any(-1) | ((labels.sum(-1) - 1).abs() > 1e-3) | ~labels.isfinite().all(-1)
+    wrong = ~((labels >= 0).all(-1) & ((labels.sum(-1) - 1).abs() <= 1e-3))  # NaN is neither
     if wrong.any():
         i = int(wrong.nonzero()[0])
         raise ValueError(f"label of sample {i} is not a probability vector: {labels[i].tolist()}")
@@ -306,9 +295,8 @@ def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Te
 
 def check_finite(probs: Tensor) -> None:
     if wrong := (~probs.isfinite().all(-1)).nonzero().flatten().tolist():
-        raise FloatingPointError(
-            f"logits of {len(wrong)} of {len(probs)} samples are not finite, the first is sample {wrong[0]}; try a lower --lr"
-        )
+        which = f"{len(wrong)} of {len(probs)} samples are not finite, the first is sample {wrong[0]}"
+        raise FloatingPointError(f"logits of {which}; try a lower --lr")
 
 
 def soft_labels(rows: list[dict], n_classes: int) -> Tensor:

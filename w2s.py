@@ -59,7 +59,7 @@ from train import TrainConfig
 # their weights, what reports progress, and descriptions of the work.
 APART = (
     "LOSSES", "READ", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
-    "StepLog", "progress_line", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
+    "StepLog", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
 )  # fmt: skip
 
 

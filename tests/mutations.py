@@ -35,7 +35,7 @@ GUARDS = [  # guard, file, what stands there, what stands there instead, the tes
     ("windows and sinks", "model.py", "(window and window < L)", "False", "test_train.py -k attention_that_is_not_computed"),
     ("one token for all ranks", "generate.py", "        torch.distributed.broadcast(token, group_src=0, group=process_group())\n", "", "test_processes.py -k share_a_model"),
     ("no shutdown of a failed rank", "common.py", "        os._exit(code)\n", "        pass\n", "test_distributed.py -k fails_ends"),
-    ("float32 from the files", "model.py", "model = self.load() if self.rounds else self.model", "model = self.model", "test_train.py -k held_once"),
+    ("float32 from the files", "model.py", "list(self.load().base_model.parameters())", "[p.detach().clone() for p in self.model.base_model.parameters()]", "test_train.py -k starts_from_what"),
     ("constant answers", "report/tables.py", "        if constant := [", "        if constant := False and [", "test_report.py -k never_change"),
     ("no room left", "common.py", '("OutOfMemoryError", "SafetensorError")', '("OutOfMemoryError",)', "test_robust.py -k no_room_left"),
 ]  # fmt: skip
