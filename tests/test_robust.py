@@ -29,6 +29,7 @@ def die_at(n: int, how: signal.Signals, where: str, *commands) -> None:
         if writes and where in str(args[0]) and next(count) == n:
             os.kill(os.getpid(), how)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     sys.addaudithook(hook)
     call(*commands)
 
