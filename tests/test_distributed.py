@@ -62,7 +62,7 @@ def test_a_pipeline_is_the_same_on_any_number_of_ranks_and_in_groups(size, group
 def test_a_run_killed_on_two_ranks_continues_on_one(smoke, copied):
     for stage in ("transcripts/debate", *(f"predictions/weak-debate-d{k}-t3-f0-s0" for k in range(4))):
         shutil.rmtree(copied / "sciq" / stage)
-    ranks = start(2, die_at, 2, signal.SIGKILL, "weak-debate-d0", ("w2s", *SMOKE, copied))
+    ranks = start(2, die_at, 5, signal.SIGKILL, "weak-debate-d0", ("w2s", *SMOKE, copied))
     ranks[0].join(300)
     ranks[1].kill()  # it waits for the other
     assert ranks[0].exitcode == -signal.SIGKILL
