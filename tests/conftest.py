@@ -32,8 +32,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; `auto` still means the reference without a GPU
 
-torch.set_num_threads(2)
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # of the scripts that the tests start
+torch.set_num_threads(1)  # the last bit of a sum depends on how many there are
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 from common import run_script  # noqa: E402
 
@@ -124,7 +124,6 @@ def free_port() -> int:
 def as_rank(rank: int, size: int, port: int, stderr: Path | None, target, args: tuple) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     sys.stderr = open(stderr, "w") if stderr else sys.stderr
     run_script(functools.partial(target, *args))
 

@@ -64,7 +64,7 @@ def command(script: str, *argv) -> None:
     """The script up to where it would compute. Its faults are raised, its one-line errors are not."""
     with (
         mock.patch.object(train, "Classifier", stop),
-        mock.patch.object(debate, "make_transcripts", stop),
+        mock.patch.object(debate, "ENGINES", dict.fromkeys(debate.ENGINES, stop)),
         mock.patch.object(w2s, "make_all", stop),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.suppress(Enough),

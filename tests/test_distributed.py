@@ -103,7 +103,7 @@ def torchrun(*arguments: object, ranks: int = 1, node: int = 0, nodes: int = 1, 
     launch += ["--master-port", port or free_port()]
     return subprocess.Popen(
         list(map(str, [sys.executable, "-m", "torch.distributed.run", *launch, *arguments])),
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
 
