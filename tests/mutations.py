@@ -30,7 +30,7 @@ GUARDS = [  # guard, file, what stands there, what stands there instead, the tes
     ("remote code", "model.py", ", trust_remote_code=False)\n    if (highest", ")\n    if (highest", "test_bad_input.py -k says_no_to_its_code"),
     ("half a line after a kill", "debate.py", "                drop_torn_lines(stem)\n", "                pass\n", "test_debate.py -k killed_run_continues"),
     ("others' transcripts", "debate.py", "if why := stage.conflict():", "if False:", "test_debate.py -k and_no_others"),
-    ("others' beginnings", "stages.py", 'read_json(self.folder / "started.json") == self.wanted()', "True", "test_w2s.py -k same_work_only"),
+    ("others' beginnings", "stages.py", 'read_json(self.folder / "started.json") == self.wanted()', "True", "test_robust.py -k broken_files"),
     ("windows and sinks", "model.py", "(window and window < L)", "False", "test_train.py -k attention_that_is_not_computed"),
     ("one token for all ranks", "generate.py", "        torch.distributed.broadcast(token, group_src=0, group=process_group())\n", "", "test_processes.py -k share_a_model"),
     ("no shutdown of a failed rank", "common.py", "        os._exit(code)\n", "        pass\n", "test_distributed.py -k fails_ends"),

@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import json
 import os
 import random
 import resource
@@ -96,20 +97,24 @@ def swap(file: Path) -> None:
     shutil.copy(str(file).replace("-f2-", "-f1-"), file)
 
 
+def unfinished_otherwise(manifest: Path) -> None:
+    """As if the stage had been killed, begun with another learning rate."""
+    have = json.loads(manifest.read_text())
+    begun = {"config": have["config"] | {"lr": 0.5}, "inputs": have["inputs"]}
+    manifest.with_name("started.json").write_text(json.dumps(begun))
+    manifest.unlink()
+
+
 BROKEN = [  # stage, file, how, what is said of it
     ("data", "train_a.jsonl", truncate, "output train_a.jsonl was changed after it was written"),
     ("transcripts/debate", "seed1/train_a.jsonl", flip_a_bit, "output seed1/train_a.jsonl was changed"),
     ("transcripts/market_making", "manifest.json", truncate, "manifest.json is not readable"),
     ("predictions/weak-no_argument-f2-s0", "train_b.jsonl", swap, "output train_b.jsonl was changed"),
     ("predictions/strong-ours-s0", "test.jsonl", Path.unlink, "output test.jsonl is missing"),
-    (
-        "predictions/weak-naive-f0-s0",
-        "model/model.safetensors",
-        flip_a_bit,
-        "output model/model.safetensors was changed",
-    ),
+    ("predictions/weak-naive-f0-s0", "model/model.safetensors", flip_a_bit, "output model/model.safetensors was changed"),
+    ("predictions/weak-debate-d1-t3-f0-s0", "manifest.json", unfinished_otherwise, "begun with other settings"),
     ("weak_labels/ours/seed0", "train_b.jsonl", edit, "output train_b.jsonl was changed"),
-]
+]  # fmt: skip
 
 
 def test_broken_files_are_named_kept_aside_and_made_again(smoke, copied, capsys):

@@ -13,7 +13,6 @@ from conftest import METHODS, ROOT, SMOKE, products, record, run
 import stats
 import w2s
 from common import read_jsonl, write_jsonl
-from stages import Stage
 
 PAPER = json.loads((ROOT / "data/paper.json").read_text())
 REFERENCES = ("weak_floor", "strong_ceiling")
@@ -74,34 +73,7 @@ def test_methods_share_all_that_they_can(status, tmp_path):
     assert students == {f"sciq/predictions/strong-{m}-s{seed}" for m in asked for seed in (0, 1)}
 
 
-def test_plan_starts_nothing(tmp_path, capsys):
-    assert run("w2s", "plan", *SMOKE[1:], tmp_path / "out") == 0
-    assert not (tmp_path / "out").exists() and "sciq" in capsys.readouterr().out
-
-
-# ---- stages ----
-
-
-def test_a_killed_stage_is_continued_by_the_same_work_only(tmp_path):
-    def stage(lr: int, killed: bool = False) -> Stage:
-        def make(out: Path) -> dict:
-            (out / "begun.txt").write_text((out / "begun.txt").read_text() + "again" if not killed else f"lr {lr} ")
-            if killed:
-                raise KeyboardInterrupt
-            return {}
-
-        return Stage(tmp_path / "stage", {"lr": lr}, {}, make)
-
-    with pytest.raises(KeyboardInterrupt):
-        stage(1, killed=True).run()
-    assert stage(1).difference() is None and stage(1).run()
-    assert (tmp_path / "stage/begun.txt").read_text() == "lr 1 again"
-    with pytest.raises(KeyboardInterrupt):
-        stage(2, killed=True).run()
-    with pytest.raises(FileNotFoundError):  # there is nothing for lr 3 to continue
-        stage(3).run()
-    assert (tmp_path / "stage.stale1/begun.txt").read_text() == "lr 1 again"
-    assert (tmp_path / "stage.stale2/begun.txt").read_text() == "lr 2 "
+# ---- what is done once ----
 
 
 def test_a_second_run_makes_nothing(smoke, status, capsys):
