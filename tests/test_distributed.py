@@ -156,16 +156,16 @@ def test_finetuning_is_the_same_on_any_number_of_ranks_and_nodes(nodes, ranks, f
 def test_a_rank_that_fails_ends_though_its_shutdown_would_hang(failure, code, tmp_path):
     """As with NCCL, whose communicator waits for ranks that are in a collective. torchrun then stops the others."""
     script = tmp_path / "fails.py"
-    script.write_text(
-        "import atexit, os, time\n"
-        "from common import InputError, run_script\n"
-        "def main():\n"
-        "    if os.environ['RANK'] == '0':\n"
-        "        atexit.register(time.sleep, 1000)\n"
-        f"        raise {failure}('this one')\n"
-        "    time.sleep(1000)\n"
-        "run_script(main)\n"
-    )
+    script.write_text(f"""
+import atexit, os, time
+from common import InputError, run_script
+def main():
+    if os.environ["RANK"] == "0":
+        atexit.register(time.sleep, 1000)
+        raise {failure}("this one")
+    time.sleep(1000)
+run_script(main)
+""")
     process = torchrun(script, ranks=2)
     try:
         told = process.communicate(timeout=60)[0]

@@ -60,17 +60,16 @@ def test_the_papers_numbers_are_copied_right():
 
 def test_methods_share_all_that_they_can(status, tmp_path):
     """One folder of debates and one judge per seed, turns and replicate serve every row and point."""
-    names = list(status(tmp_path / "out", "--methods", *w2s.METHODS, "--seeds", 0, 1))
-    assert {n for n in names if "/transcripts/" in n} == {
-        f"sciq/transcripts/{protocol}" for protocol in ("debate", "consultancy", "market_making")
-    }
+    methods = {name for place in (*ROWS, *POINTS) for name in shown_in(place) if w2s.METHODS[name].reads != "evidence"}
+    names = list(status(tmp_path / "out", "--methods", *methods, "--seeds", 0, 1))
+    protocols = {n for n in names if "/transcripts/" in n}
+    assert protocols == {f"sciq/transcripts/{p}" for p in ("debate", "consultancy", "market_making")}
     judges = [
         n for n in names if "/weak-debate-" in n
-    ]  # six seeds at three turns, four at others, three finetuning seeds
-    assert len(names) == len(set(names)) and len(judges) == 2 * (6 + 5 * 4 + 3)
+    ]  # six debates at three turns, four at others, three more finetunings
+    assert len(names) == len(set(names)) and len(judges) == 2 * (6 + 3 * 4 + 3)
     students = {n for n in names if "/strong-" in n}
-    asked = w2s.METHODS.keys() - {"evidence"} | {"ceiling"}
-    assert students == {f"sciq/predictions/strong-{m}-s{seed}" for m in asked for seed in (0, 1)}
+    assert students == {f"sciq/predictions/strong-{m}-s{seed}" for m in (*methods, "ceiling") for seed in (0, 1)}
 
 
 # ---- what is done once ----
