@@ -6,7 +6,6 @@ And what a malicious model's folder or a hostile id would do, it does not do.
 import ast
 import json
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -232,19 +231,10 @@ def change_weights(folder: Path, how) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, file: Path):
-        self.file = str(file)
-
-    def __reduce__(self):
-        return open, (self.file, "w")
-
-
 def pickled(folder: Path) -> None:
+    """Unpickled, the weights make a file."""
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(folder.parent / "ran")))
+    (folder / "pytorch_model.bin").write_text(f"cbuiltins\nopen\n(V{folder.parent / 'ran'}\nVw\ntR.")
 
 
 def remote_code(folder: Path) -> None:
