@@ -8,10 +8,10 @@ puts in one line; anything else is printed with the input that did it, and the e
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -19,17 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from conftest import ROOT
+from conftest import run
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import common
+import config
 import debate
 import train
 import w2s
-from common import InputError, read_samples
+from common import InputError
 from data.prepare import TASKS, make_samples
-from stages import Stage
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 value = st.recursive(
@@ -47,33 +47,10 @@ manifest = st.dictionaries(
 
 def flags_of(cls) -> st.SearchStrategy:
     """Flags of a dataclass with values that are often odd."""
-    names = ["--" + f.name.replace("_", "-") for f in common.dataclasses.fields(cls)]
-    odd = [
-        "",
-        "0",
-        "-1",
-        "1",
-        "2",
-        "nan",
-        "inf",
-        "1e400",
-        "no",
-        "a/b",
-        ":1",
-        "@",
-        "random-small",
-        "random-small:9",
-        "sciq",
-        "ours",
-        "/dev/null",
-        "x" * 300,
-    ]
-    word = (
-        st.sampled_from(names)
-        | st.sampled_from(odd)
-        | st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=5)
-    )
-    return st.lists(word, max_size=6)
+    names = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(cls)]
+    odd = "|0|-1|1|2|nan|inf|1e400|no|a/b|:1|@|random-small|random-small:9|sciq|ours|/dev/null".split("|")
+    word = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=5)
+    return st.lists(st.sampled_from(names) | st.sampled_from([*odd, "x" * 300]) | word, max_size=6)
 
 
 class Enough(BaseException):
@@ -84,82 +61,63 @@ def stop(*_, **__):
     raise Enough
 
 
-def command(main, argv: list[str]) -> None:
+def command(script: str, *argv) -> None:
+    """The script up to where it would compute. Its faults are raised, its one-line errors are not."""
     with (
-        mock.patch.object(sys, "argv", ["fuzz", *argv]),
         mock.patch.object(train, "Classifier", stop),
-        mock.patch.object(debate, "make_transcripts", stop),
+        mock.patch.object(debate, "ENGINES", dict.fromkeys(debate.ENGINES, stop)),
         mock.patch.object(w2s, "make_all", stop),
-        contextlib.suppress(Enough, SystemExit),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(Enough),
     ):
-        main()
+        run(script, *argv)
 
 
 def targets(folder: Path) -> dict:
     """Name -> (strategy, what to do with a drawn value). Files are written to `folder`."""
-    file, rows = folder / "rows.jsonl", folder / "good.jsonl"
-    common.write_jsonl(rows, [{"id": f"s{i}", "text": "why", "label": i % 2} for i in range(4)])
+    file, good, debates = folder / "rows.jsonl", folder / "good.jsonl", folder / "seed0.jsonl"
+    common.write_jsonl(good, [{"id": f"s{i}", "text": "why", "label": i % 2} for i in range(4)])
+    training = ["--model", "random-small", "--out", folder / "trained"]
+    debating = ["--strong", "random-small", "--out", folder / "debated"]
+    pipeline = ["--preset", "smoke", "--methods", "single", "--tasks", "sciq", "--seeds", "0", "--out", folder / "run"]
 
     def samples(raw: bytes) -> None:
-        file.write_bytes(raw)
-        for suffix in ("", ".gz"):
-            shutil.copy(file, f"{file}{suffix}") if suffix else None
-            with contextlib.suppress(InputError):
-                read_samples(Path(f"{file}{suffix}"), "text")
-
-    def labels(raw: bytes) -> None:
-        file.write_bytes(raw)
-        out = ["--model", "random-small", "--out", str(folder / "new")]
-        command(train.main, ["--train", str(file), "--test", str(rows), *out])
-        command(train.main, ["--train", str(rows), "--test", str(file), *out])
+        for name in ("rows.jsonl", "rows.jsonl.gz"):
+            (folder / name).write_bytes(raw)
+            command("debate", *debating, "--samples", folder / name)
+            command("train", *training, "--train", folder / name, "--test", good)
+            command("train", *training, "--train", good, "--test", folder / name)
 
     def choices(raw: bytes) -> None:
         file.write_bytes(raw)
-        given = ["--samples", str(rows), "--out", str(folder / "new"), "--protocol", "market_making"]
-        command(debate.main, [*given, "--choices", str(file)])
-
-    size = debate.DebateConfig().batch_size
+        command("debate", *debating, "--samples", good, "--protocol", "market_making", "--choices", file)
 
     def transcripts(raw: bytes) -> None:
-        (folder / "seed0.jsonl").write_bytes(raw)
-        debate.make_transcripts(stop, "sciq", "debate", common.read_jsonl(rows), {0: folder / "seed0.jsonl"}, 3, size)
+        debates.write_bytes(raw)
+        debate.make_transcripts(stop, "sciq", "debate", common.read_jsonl(good), {0: debates}, 3, stop)
 
     def manifests(raw: bytes) -> None:
-        stage = Stage(folder / "stage", {"lr": 1}, {}, lambda out: {})
-        stage.folder.mkdir(exist_ok=True)
-        (stage.folder / "manifest.json").write_bytes(raw)
-        stage.difference()
-        experiment = w2s.Experiment(
-            w2s.Config.of("sciq", preset="smoke", methods=("single",), seeds=(0,), out=str(folder / "run")),
-            "sciq",
-        )
-        for s in experiment.stages():
-            s.folder.mkdir(parents=True, exist_ok=True)
-            (s.folder / "manifest.json").write_bytes(raw)
-        w2s.status([experiment])
-        w2s.write_report([experiment])
+        for name in ("data", "transcripts/debate", "predictions/weak-naive-f0-s0", "predictions/strong-single-s0"):
+            (folder / "run/sciq" / name).mkdir(parents=True, exist_ok=True)
+            (folder / "run/sciq" / name / "manifest.json").write_bytes(raw)
+        command("w2s", "status", *pipeline)
+        command("w2s", "report", *pipeline)
 
-    def sources(drawn) -> None:
-        make_samples(drawn[0], drawn[1], 0)
+    def source(task: str) -> st.SearchStrategy:
+        rows = st.fixed_dictionaries({f: leaf | st.text(max_size=3) for f in TASKS[task].fields})
+        return st.tuples(st.just(task), st.lists(rows, max_size=3), st.just(0))
 
-    source = st.sampled_from(["sciq", "boolq", "cosmos_qa", "anthropic_hh"]).flatmap(
-        lambda t: st.tuples(
-            st.just(t),
-            st.lists(st.fixed_dictionaries({f: leaf | st.text(max_size=3) for f in TASKS[t].fields}), max_size=3),
-        )
-    )
-    run = ["--preset", "smoke", "--out", str(folder / "run2")]
+    commands = st.sampled_from(["run", "status", "report", "x"])
     return {
         "samples": (content, samples),
-        "labels": (content, labels),
         "choices": (content, choices),
         "transcripts": (content, transcripts),
         "manifests": (content | manifest, manifests),
-        "sources": (source, sources),
-        "w2s.py": (st.tuples(st.sampled_from(["run", "status", "report", "x"]), flags_of(w2s.Config)), lambda a: command(w2s.main, [a[0], *run, *a[1]])),
-        "debate.py": (flags_of(debate.Args), lambda a: command(debate.main, ["--samples", str(rows), "--out", str(folder / "new"), *a])),
-        "train.py": (flags_of(train.Args), lambda a: command(train.main, ["--train", str(rows), "--test", str(rows), "--model", "random-small", "--out", str(folder / "new"), *a])),
-    }  # fmt: skip
+        "sources": (st.sampled_from(config.PAPER_TASKS).flatmap(source), lambda drawn: make_samples(*drawn)),
+        "w2s": (st.tuples(commands, flags_of(w2s.Config)), lambda x: command("w2s", x[0], *pipeline, *x[1])),
+        "debate": (flags_of(debate.Args), lambda x: command("debate", "--samples", good, *debating, *x)),
+        "train": (flags_of(train.Args), lambda x: command("train", "--train", good, "--test", good, *training, *x)),
+    }
 
 
 def explore(strategy: st.SearchStrategy, act: Callable, key: int, end: float) -> int:
@@ -201,5 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -6,8 +6,8 @@ And what a malicious model's folder or a hostile id would do, it does not do.
 import ast
 import json
 import os
-import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,245 +15,171 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call, run, start
 from safetensors.torch import load_file, save_file
 
 import common
 import data.prepare
-import debate
-import train
-import w2s
-from common import run_script, write_jsonl
+from common import read_jsonl, write_jsonl
 from data.models import builtin_folder
 
-SCRIPTS = {"w2s": w2s.main, "debate": debate.main, "train": train.main, "prepare": data.prepare.main}
 GOOD = [{"id": f"s{i}", "text": f"Q: why {i}? A: {i}", "label": i % 2} for i in range(8)]
+W2S, DEBATE, TRAIN, PREPARE = "w2s", "debate", "train", "data.prepare"
+FLAGS = {  # that would work
+    W2S: "run --preset smoke --tasks sciq --seeds 0 --methods single --limit-train 24",
+    DEBATE: "--samples good.jsonl --strong random-small",
+    TRAIN: "--model random-small --train good.jsonl --test good.jsonl",
+    PREPARE: "--task sciq",
+}
 
 
-def one_line(capsys, monkeypatch, script: str, flags: list) -> tuple[int, str]:
-    """Exit code and stderr of a script in this process; an exception that reaches the user is raised here."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as end:
-        run_script(SCRIPTS[script])
-    return end.value.code, capsys.readouterr().err
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a script with more flags and sees that it ends with one line that holds some words; returns the folder."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "good.jsonl", GOOD)
 
+    def check(script: str, flags: list, told: tuple, code: int = 2) -> None:
+        ended = run(script, *FLAGS[script].split(), "--out", "out", *flags)
+        line = capsys.readouterr().err
+        assert (ended, line.startswith("error: "), line.count("\n")) == (code, True, 1), line
+        assert [word for word in told if word not in line] == [], line
 
-def assert_told(end: tuple[int, str], code: int, words: tuple) -> None:
-    assert end[0] == code and end[1].startswith("error: ") and end[1].count("\n") == 1, end
-    for word in words:
-        assert word in end[1], (word, end[1])
+    return check
 
 
 # ---- flags ----
 
-W2S, DEBATE, TRAIN, PREPARE = "w2s", "debate", "train", "prepare"
-FLAGS = [  # script, flags behind good ones, what the line must name
-    (W2S, ["--preset", "large"], ("large", "smoke", "paper")),
-    (W2S, ["--tasks", "sciq", "sciq"], ("--tasks sciq sciq", "once")),
-    (W2S, ["--methods", "ours", "single", "ours"], ("--methods", "once")),
-    (W2S, ["--seeds", "1", "1"], ("--seeds 1 1", "once")),
-    (W2S, ["--seeds", "-2"], ("--seeds", "-2")),
-    (W2S, ["--seeds", "1.5"], ("--seeds", "1.5")),
-    (W2S, ["--seeds"], ("--seeds",)),
-    (W2S, ["--lr", "nan"], ("--lr nan", "greater than 0")),
-    (W2S, ["--lr", "inf"], ("--lr inf", "finite")),
-    (W2S, ["--weak-lr", "-inf"], ("--weak-lr",)),
-    (W2S, ["--head-lr", "0"], ("--head-lr 0.0",)),
-    (W2S, ["--head-epochs", "-3"], ("--head-epochs",)),
-    (W2S, ["--batch-size", "0"], ("--batch-size 0",)),
-    (W2S, ["--max-new-tokens", "0"], ("--max-new-tokens 0",)),
-    (W2S, ["--limit-train", "-1"], ("--limit-train",)),
-    (W2S, ["--limit-test", "0"], ("--limit-test 0",)),
-    (W2S, ["--temperature", "nan"], ("--temperature nan", ">= 0")),
-    (W2S, ["--temperature", "inf"], ("--temperature inf",)),
-    (W2S, ["--top-p", "0"], ("--top-p 0.0", "(0, 1]")),
-    (W2S, ["--dtype", "float16"], ("--dtype", "float16", "bfloat16")),
-    (W2S, ["--engine", "magic"], ("--engine", "magic", "vllm")),
-    (W2S, ["--aux-warmup", "steep"], ("--aux-warmup", "steep", "linear")),
-    (W2S, ["--no-such-flag"], ("--no-such-flag", "--help")),
-    (W2S, ["--out", ""], ("--out ''", "folder")),
-    (W2S, ["--out", "{tmp}/good.jsonl"], ("good.jsonl", "not a folder")),
-    (W2S, ["--out", "{tmp}/good.jsonl/deep"], ("good.jsonl", "can be written")),
-    (W2S, ["--data-dir", "{tmp}/good.jsonl"], ("--data-dir", "good.jsonl", "no such folder")),
-    (W2S, ["--data-dir", "{tmp}/empty"], ("--data-dir", "sciq/train.jsonl")),
-    (W2S, ["--weak", ""], ("model ''", "built-in")),
-    (W2S, ["--strong", ":3"], ("model ':3'", "built-in")),
-    (W2S, ["--strong", "random-small:0"], ("random-small:0", "at least 1")),
-    (W2S, ["--strong", "random-small:3"], ("random-small", "2 layers")),
-    (W2S, ["--weak", "no/such/model"], ("no/such/model", "smollm2-135m")),
-    (W2S, ["--weak", "own er/na me"], ("own er/na me",)),
-    (W2S, ["--weak", "owner/name"], ("owner/name",)),  # no network
-    (W2S, ["--strong", "../nowhere"], ("../nowhere", "no such folder")),
-    (W2S, ["--chat"], ("--chat", "random-large", "no chat template")),
-    (DEBATE, ["--task", "../sciq"], ("../sciq", "boolq")),
-    (DEBATE, ["--protocol", "quarrel"], ("quarrel", "market_making")),
-    (DEBATE, ["--seed", "one"], ("--seed", "one")),
-    (DEBATE, ["--cache-tokens", "0"], ("--cache-tokens 0",)),
-    (DEBATE, ["--max-new-tokens", "-1"], ("--max-new-tokens -1",)),
-    (DEBATE, ["--temperature", "inf"], ("--temperature inf",)),
-    (DEBATE, ["--top-p", "nan"], ("--top-p nan",)),
-    (DEBATE, ["--show", "-1"], ("--show -1",)),
-    (DEBATE, ["--samples", "{tmp}"], ("--samples", "no such file")),
-    (DEBATE, ["--out", ""], ("--out ''",)),
-    (DEBATE, ["--out", "{tmp}/good.jsonl/x"], ("good.jsonl", "not a directory")),
-    (DEBATE, ["--choices", "{tmp}/good.jsonl"], ("--choices", "no other does")),
-    (DEBATE, ["--strong", "nowhere"], ("nowhere", "random-small")),
-    (TRAIN, ["--loss", "brier"], ("brier", "logconf")),
-    (TRAIN, ["--lr", "inf"], ("--lr inf", "finite")),
-    (TRAIN, ["--max-tokens", "0"], ("--max-tokens 0",)),
-    (TRAIN, ["--max-tokens-per-forward", "-5"], ("--max-tokens-per-forward -5",)),
-    (TRAIN, ["--aux-coef", "1.5"], ("--aux-coef 1.5", "from 0 to 1")),
-    (TRAIN, ["--warmup-frac", "nan"], ("--warmup-frac nan", "from 0 to 1")),
-    (TRAIN, ["--alpha", "-1"], ("--alpha -1",)),
-    (TRAIN, ["--beta", "inf"], ("--beta inf",)),
-    (TRAIN, ["--aux-warmup", "steep"], ("--aux-warmup", "linear")),
-    (TRAIN, ["--out", "{tmp}"], ("--out", "does not exist yet")),
-    (TRAIN, ["--out", ""], ("--out ''",)),
-    (TRAIN, ["--out", "{tmp}/good.jsonl/run"], ("good.jsonl", "not a directory")),
-    (TRAIN, ["--out", "{tmp}/" + 300 * "x"], ("--out", "too long")),
-    (TRAIN, ["--test", "{tmp}"], ("--test", "no such file")),
-    (PREPARE, ["--task", "chess"], ("chess", "sciq")),
-    (PREPARE, ["--limit-train", "-1"], ("--limit-train -1",)),
-    (PREPARE, ["--out", "{tmp}/good.jsonl/x"], ("good.jsonl", "not a directory")),
-    (PREPARE, [], ("allenai/sciq", "--data-dir")),  # no network
+WORD_BY_WORD = {  # every word of these stands in the line
+    W2S: [
+        "--preset large", "--tasks sciq sciq", "--methods ours single ours", "--methods oracle", "--seeds 1 1", "--seeds -2",
+        "--seeds 1.5", "--seeds", "--seed 0", "--lr nan", "--lr inf", "--lr fast", "--weak-lr 0.0", "--head-lr 0.0",
+        "--head-epochs -3", "--epochs 0", "--batch-size 0", "--max-new-tokens 0", "--limit-train -1", "--limit-test 0",
+        "--max-sample-tokens 0", "--cache-tokens 0", "--max-tokens-per-forward 0", "--temperature nan", "--temperature inf",
+        "--top-p 0.0", "--top-p 1.2", "--dtype float16", "--engine magic", "--aux-warmup steep", "--transcript middle",
+        "--weak-gpus -1", "--strong-gpus -1", "--gpus 2", "--data-dir nowhere", "--data-dir good.jsonl", "--out good.jsonl",
+    ],
+    DEBATE: [
+        "--task ../sciq", "--protocol quarrel", "--seed one", "--turns 0", "--cache-tokens 0", "--max-new-tokens -1",
+        "--temperature inf", "--top-p nan", "--show -1", "--samples nowhere", "--strong nowhere",
+    ],
+    TRAIN: [
+        "--loss brier", "--lr inf", "--max-tokens 0", "--max-tokens-per-forward -5", "--aux-coef 1.5", "--warmup-frac nan",
+        "--alpha -1.0", "--beta inf", "--aux-warmup steep", "--test nowhere",
+    ],
+    PREPARE: ["--task chess", "--limit-train -1"],
+}  # fmt: skip
+MORE_TOLD = [  # script, flags, what the line names beside
+    (W2S, "--preset large", ["smoke", "tiny", "small", "paper"]),
+    (W2S, "--tasks chess", ["chess", "sciq", "boolq"]),
+    (W2S, "--lr 0", ["--lr 0.0", "greater than 0", "finite"]),
+    (W2S, "--top-p 2", ["--top-p 2.0", "(0, 1]"]),
+    (W2S, "--weak-lr -inf", ["--weak-lr"]),
+    (W2S, "--no-such-flag", ["--no-such-flag", "--help"]),
+    (W2S, "--data-dir .", ["--data-dir", "sciq/train.jsonl"]),
+    (W2S, "--weak ''", ["model ''", "built-in"]),
+    (W2S, "--strong :3", ["model ':3'", "built-in"]),
+    (W2S, "--strong random-small:0", ["random-small:0", "at least 1"]),
+    (W2S, "--strong random-large:9", ["random-large", "9", "2 layers"]),
+    (W2S, "--weak nowhere", ["nowhere", "random-small", "smollm2-135m"]),
+    (W2S, "--weak 'own er/na me'", ["own er/na me"]),
+    (W2S, "--weak owner/name", ["owner/name"]),  # no network
+    (W2S, "--strong ../nowhere", ["../nowhere", "no such folder"]),
+    (W2S, "--chat", ["--chat", "random-large", "no chat template"]),
+    (DEBATE, "--choices good.jsonl", ["--choices", "no other does"]),
+    (TRAIN, "--out .", ["--out", "does not exist yet"]),
+    (TRAIN, "--out " + 300 * "x", ["--out", "too long"]),
+    *((script, "--out good.jsonl/x", ["good.jsonl is not a directory"]) for script in FLAGS),
+    *((script, "--out ''", ["--out ''"]) for script in (W2S, DEBATE, TRAIN)),
+    (PREPARE, "", ["allenai/sciq", "--data-dir"]),  # no network
 ]
+BAD_FLAGS = [(s, flags, flags.split()) for s in WORD_BY_WORD for flags in WORD_BY_WORD[s]] + MORE_TOLD
 
 
-@pytest.fixture
-def good(tmp_path):
-    """Flags of each script that would work, and the folder that they lie in."""
-    write_jsonl(tmp_path / "good.jsonl", GOOD)
-    (tmp_path / "empty").mkdir()
-    rows, out = str(tmp_path / "good.jsonl"), ["--out", str(tmp_path / "out")]
-    smoke = [
-        "run",
-        "--preset",
-        "smoke",
-        "--tasks",
-        "sciq",
-        "--seeds",
-        "0",
-        "--methods",
-        "single",
-        "--limit-train",
-        "24",
-    ]
-    return tmp_path, {
-        W2S: [*smoke, *out],
-        DEBATE: ["--samples", rows, "--strong", "random-small", *out],
-        TRAIN: ["--model", "random-small", "--train", rows, "--test", rows, *out],
-        PREPARE: ["--task", "sciq", *out],
-    }
+@pytest.mark.parametrize("script, flags, told", BAD_FLAGS, ids=[f"{s} {flags[:40]}" for s, flags, _ in BAD_FLAGS])
+def test_bad_flags(script, flags, told, refused):
+    refused(script, shlex.split(flags), told)
+    assert not list(Path("out").rglob("*.jsonl"))
 
 
-@pytest.mark.parametrize("script, flags, told", FLAGS, ids=[f"{s} {' '.join(f)[:40]}" for s, f, _ in FLAGS])
-def test_bad_flags(script, flags, told, good, capsys, monkeypatch):
-    tmp, defaults = good
-    flags = [f.replace("{tmp}", str(tmp)) for f in flags]
-    assert_told(one_line(capsys, monkeypatch, script, [*defaults[script], *flags]), 2, told)
-    assert not list((tmp / "out").rglob("*.jsonl"))
+@pytest.mark.parametrize("command, told", [("dance", "run, plan, status, report"), ("report", "python w2s.py run")])
+def test_bad_commands(command, told, tmp_path, capsys):
+    assert run("w2s", command, "--preset", "smoke", "--out", tmp_path / "out") == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---- files of samples, by train.py and debate.py ----
 
 
-def rows(*changes: dict) -> bytes:
-    """Good rows, the last ones changed."""
-    table = [dict(r) for r in GOOD]
-    for row, change in zip(table[::-1], changes, strict=False):
-        row.update(change)
-    return "".join(json.dumps(r) + "\n" for r in table).encode()
+def rows(**change) -> bytes:
+    """Good rows, the last one changed."""
+    return "".join(json.dumps(r) + "\n" for r in [*GOOD[:-1], GOOD[-1] | change]).encode()
 
 
 FILES = {  # content, what is told of it
-    "empty": (b"", ("no rows",)),
-    "blank lines": (b"\n \n\n", ("no rows",)),
-    "latin-1": (rows({"text": "caf"}).replace(b"caf", b"caf\xe9"), ("not UTF-8", "byte")),
-    "UTF-16": (rows().decode().encode("utf-16"), ("not UTF-8", "convert")),
-    "UTF-16 without mark": (rows().decode().encode("utf-16-le"), (":1: not JSON",)),
-    "NULs": (b"\x00" * 100, (":1: not JSON",)),
-    "gzip under another name": (b"\x1f\x8b\x08\x00", ("not UTF-8",)),
-    "CSV": (b"id,text,label\ns0,why,1\n", (":1: not JSON",)),
-    "one array": (json.dumps(GOOD).encode(), (":1: expected a JSON object",)),
-    "cut off": (rows()[:-9], (":8: not JSON",)),
-    "deep": (b"[" * 200_000, (":1: not JSON",)),
-    "long number": (b'{"id": ' + b"1" * 5000 + b"}", (":1: not JSON",)),
-    "half a pair": (rows({"text": "\ud800"}), (":8: not JSON", "surrogates")),
-    "no id": (rows({"id": None}), ("lacks 'id' (row 8)",)),
-    "id NaN": (rows({"id": float("nan")}), ("id nan of row 8", "string")),
-    "id number": (rows({"id": 7}), ("id 7 of row 8", "string")),
-    "id list": (rows({"id": ["s7"]}), ("id ['s7'] of row 8", "string")),
-    "id twice": (rows({"id": "s0"}), ("id 's0' is a duplicate",)),
-    "text number": (rows({"text": 5}), ("text 5 of row 8", "string")),
-    "text empty": (rows({"text": ""}), ("lacks 'text' (row 8)",)),
-}
-LABELS = {
-    "probs NaN": (rows({"probs": [float("nan"), 1.0]}), ("'s7'", "nan", "2 probabilities")),
-    "probs negative": (rows({"probs": [-0.5, 1.5]}), ("'s7'", "-0.5")),
-    "probs of sum 2": (rows({"probs": [1.0, 1.0]}), ("'s7'", "[1.0, 1.0]")),
-    "probs infinite": (rows({"probs": [float("inf"), 0]}), ("'s7'", "inf")),
-    "probs of length 1": (rows({"probs": [1.0]}), ("'s7'", "[1.0]")),
-    "probs none": (rows({"probs": []}), ("'s7'", "[]")),
-    "probs words": (rows({"probs": ["yes", "no"]}), ("'s7'", "yes")),
-    "probs an object": (rows({"probs": {"0": 1}}), ("'s7'", "{'0': 1}")),
-    "label NaN": (rows({"label": float("nan")}), ("'s7'", "label nan", "0 to 1")),
-    "label word": (rows({"label": "yes"}), ("'s7'", "'yes'")),
-    "label 0.5": (rows({"label": 0.5}), ("'s7'", "0.5")),
-    "label -1": (rows({"label": -1}), ("'s7'", "-1")),
-    "label 2": (rows({"label": 2}), ("'s7'", "label 2")),
-    "no label": (rows({"label": None}), ("'s7'", "None")),
-    "one class": (rows(*[{"label": 1}] * 8), ("all 8 rows have the same label",)),
-    "three classes": (
-        rows(*[{"probs": [0.2, 0.3, 0.5]}] * 8),
-        ("3 classes", "--loss logconf takes 2 classes"),
-    ),
+    "empty": (b"", ["no rows"]),
+    "blank lines": (b"\n \n\n", ["no rows"]),
+    "latin-1": (rows(text="caf").replace(b"caf", b"caf\xe9"), ["not UTF-8", "byte"]),
+    "UTF-16": (rows().decode().encode("utf-16"), ["not UTF-8", "convert"]),
+    "UTF-16 without mark": (rows().decode().encode("utf-16-le"), [":1: not JSON"]),
+    "CSV": (b"id,text,label\ns0,why,1\n", [":1: not JSON"]),
+    "one array": (json.dumps(GOOD).encode(), [":1: expected a JSON object"]),
+    "cut off": (rows()[:-9], [":8: not JSON"]),
+    "deep": (b"[" * 200_000, [":1: not JSON"]),
+    "long number": (b'{"id": ' + b"1" * 5000 + b"}", [":1: not JSON"]),
+    "half a pair": (rows(text="\ud800"), [":8: not JSON", "surrogates"]),
+    "no id": (rows(id=None), ["lacks 'id' (row 8)"]),
+    "id NaN": (rows(id=float("nan")), ["id nan of row 8", "string"]),
+    "id number": (rows(id=7), ["id 7 of row 8", "string"]),
+    "id twice": (rows(id="s0"), ["id 's0' is a duplicate"]),
+    "text number": (rows(text=5), ["text 5 of row 8", "string"]),
+    "text empty": (rows(text=""), ["lacks 'text' (row 8)"]),
 }
 
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("script, flag", [(TRAIN, "--train"), (TRAIN, "--test"), (DEBATE, "--samples")])
-def test_bad_files(script, flag, kind, good, capsys, monkeypatch):
-    tmp, defaults = good
+def test_bad_files(script, flag, kind, refused):
     content, told = FILES[kind]
-    (tmp / "bad.jsonl").write_bytes(content)
-    end = one_line(capsys, monkeypatch, script, [*defaults[script], flag, tmp / "bad.jsonl"])
-    assert_told(end, 2, ("bad.jsonl", *told))
-    assert not (tmp / "out").exists()
+    Path("bad.jsonl").write_bytes(content)
+    refused(script, [flag, "bad.jsonl"], ["bad.jsonl", *told])
+    assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("kind", LABELS)
-def test_labels_that_are_none(kind, good, capsys, monkeypatch):
-    tmp, defaults = good
-    content, told = LABELS[kind]
-    (tmp / "bad.jsonl").write_bytes(content)
-    flags = [*defaults[TRAIN], "--loss", "logconf", "--train", tmp / "bad.jsonl"]
-    assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 2, told)
-    assert not (tmp / "out").exists()
+NAN, INF = float("nan"), float("inf")
+NO_PROBS = [[NAN, 1.0], [-0.5, 1.5], [1.0, 1.0], [INF, 0], [1.0], [], ["yes", "no"], {"0": 1}]
+NO_LABELS = [NAN, "yes", 0.5, -1, 2, None]
 
 
-@pytest.mark.parametrize("kind", ["probs NaN", "probs of length 1", "probs words", "probs an object"])
-def test_choices_that_are_none(kind, good, capsys, monkeypatch):
-    tmp, defaults = good
-    table = [{"probs": [0.5, 0.5]} | json.loads(line) for line in LABELS[kind][0].splitlines()]
-    write_jsonl(tmp / "bad.jsonl", table)
-    flags = [*defaults[DEBATE], "--protocol", "market_making", "--choices", tmp / "bad.jsonl"]
-    assert_told(one_line(capsys, monkeypatch, DEBATE, flags), 2, LABELS[kind][1])
+@pytest.mark.parametrize("change", [*({"probs": x} for x in NO_PROBS), *({"label": x} for x in NO_LABELS)], ids=str)
+def test_labels_that_are_none(change, refused):
+    [value] = change.values()
+    Path("bad.jsonl").write_bytes(rows(**change))
+    refused(TRAIN, ["--train", "bad.jsonl"], ["'s7'", repr(value)])
+    assert not Path("out").exists()
+    if "probs" in change:
+        choices = [{"probs": [0.5, 0.5]} | row for row in map(json.loads, rows(**change).splitlines())]
+        write_jsonl(Path("bad.jsonl"), choices)
+        refused(DEBATE, ["--protocol", "market_making", "--choices", "bad.jsonl"], ["'s7'", repr(value)])
+
+
+def test_labels_that_cannot_be_learned(refused):
+    for change, told in (({"label": 1}, "all 8 rows have the same label"), ({"probs": [0.2, 0.3, 0.5]}, "3 classes")):
+        write_jsonl(Path("bad.jsonl"), [r | change for r in GOOD])
+        refused(TRAIN, ["--loss", "logconf", "--train", "bad.jsonl"], [told])
 
 
 def test_a_byte_order_mark_changes_nothing(tmp_path):
-    write_jsonl(tmp_path / "plain.jsonl", GOOD)
-    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "plain.jsonl").read_bytes())
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + rows())
     assert common.read_samples(tmp_path / "marked.jsonl", "text") == GOOD
 
 
-@pytest.mark.parametrize("what", ["no rows", "other ids", "no turns"])
-def test_transcripts_that_are_none_are_not_continued(what, good, capsys, monkeypatch):
-    tmp, defaults = good
-    there = {"no rows": b"{}\n", "other ids": rows({"id": "x"}), "no turns": rows()}[what]
-    (tmp / "out").mkdir()
-    (tmp / "out/seed0.jsonl").write_bytes(there)
-    assert_told(one_line(capsys, monkeypatch, DEBATE, defaults[DEBATE]), 2, ("seed0.jsonl",))
-    assert (tmp / "out/seed0.jsonl").read_bytes() == there
+@pytest.mark.parametrize("content", [b"{}\n", rows(id="x"), rows()], ids=["no rows", "other ids", "no turns"])
+def test_transcripts_that_are_none_are_not_continued(content, refused):
+    Path("out").mkdir()
+    Path("out/seed0.jsonl").write_bytes(content)
+    refused(DEBATE, [], ["seed0.jsonl"])
+    assert Path("out/seed0.jsonl").read_bytes() == content
 
 
 # ---- sources of w2s.py ----
@@ -261,37 +187,25 @@ def test_transcripts_that_are_none_are_not_continued(what, good, capsys, monkeyp
 SCIQ = {"question": "q", "correct_answer": "a", "distractor1": "b", "distractor2": "c", "distractor3": "d"}
 BOOLQ = {"question": "is it?", "answer": True, "passage": "it is"}
 COSMOS = {"context": "c", "question": "q", "answer0": "a", "answer1": "b", "answer2": "c", "answer3": "d", "label": 0}
-SOURCES = {  # task, rows beside good ones (None: these alone), told
-    "a field is missing": ("sciq", [{"question": "q"}], ("sciq", "'correct_answer'")),
-    "a number for a text": ("sciq", [SCIQ | {"correct_answer": 4}], ("correct_answer '4'", "not a text")),
-    "a word for a truth": ("boolq", [BOOLQ | {"answer": "false"}], ("answer 'false'", "true or false")),
-    "a hidden label": ("cosmos_qa", [COSMOS | {"label": -1}], ("label '-1'", "0 to 3")),
-    "a label out of range": ("cosmos_qa", [COSMOS | {"label": 4}], ("label '4'", "0 to 3")),
-    "a label in quotes": ("cosmos_qa", [COSMOS | {"label": "1"}], ("label '1'", "0 to 3")),
-    "a list for a text": ("anthropic_hh", [{"chosen": [], "rejected": "no"}], ("chosen '[]'", "not a text")),
-    "no rows": ("sciq", None, ("no sample left",)),
-}
+SOURCES = [  # task, what becomes of its rows, told
+    ("sciq", lambda rows: [{"question": "q"}, *rows], ["sciq", "'correct_answer'"]),
+    ("sciq", lambda rows: [SCIQ | {"correct_answer": 4}, *rows], ["correct_answer '4'", "not a text"]),
+    ("sciq", lambda rows: [], ["no sample left"]),
+    ("boolq", lambda rows: [BOOLQ | {"answer": "false"}, *rows], ["answer 'false'", "true or false"]),
+    ("boolq", lambda rows: [r | {"answer": True} for r in rows], ["boolq", "have label 1"]),
+    ("cosmos_qa", lambda rows: [COSMOS | {"label": -1}, *rows], ["label '-1'", "0 to 3"]),  # hidden
+    ("cosmos_qa", lambda rows: [COSMOS | {"label": 4}, *rows], ["label '4'", "0 to 3"]),
+    ("cosmos_qa", lambda rows: [COSMOS | {"label": "1"}, *rows], ["label '1'", "0 to 3"]),
+    ("anthropic_hh", lambda rows: [{"chosen": [], "rejected": "no"}, *rows], ["chosen '[]'", "not a text"]),
+]
 
 
-@pytest.mark.parametrize("kind", SOURCES)
-def test_bad_sources(kind, good, capsys, monkeypatch):
-    tmp, defaults = good
-    task, added, told = SOURCES[kind]
+@pytest.mark.parametrize("task, change, told", SOURCES)
+def test_bad_sources(task, change, told, refused):
     for split in ("train", data.prepare.TASKS[task].test_split):
-        have = common.read_jsonl(ROOT / f"data/tiny/{task}/{split}.jsonl")
-        write_jsonl(tmp / f"source/{task}/{split}.jsonl", [] if added is None else [*added, *have])
-    flags = [*defaults[W2S], "--tasks", task, "--data-dir", tmp / "source"]
-    assert_told(one_line(capsys, monkeypatch, W2S, flags), 2, told)
-    assert not (tmp / f"out/{task}/data/manifest.json").exists()
-
-
-def test_sources_of_one_class(good, capsys, monkeypatch):
-    tmp, defaults = good
-    for split in ("train", "validation"):
-        have = common.read_jsonl(ROOT / f"data/tiny/boolq/{split}.jsonl")
-        write_jsonl(tmp / f"source/boolq/{split}.jsonl", [r | {"answer": True} for r in have])
-    flags = [*defaults[W2S], "--tasks", "boolq", "--data-dir", tmp / "source"]
-    assert_told(one_line(capsys, monkeypatch, W2S, flags), 2, ("boolq", "have label 1"))
+        write_jsonl(Path(f"source/{task}/{split}.jsonl"), change(read_jsonl(ROOT / f"data/tiny/{task}/{split}.jsonl")))
+    refused(W2S, ["--tasks", task, "--data-dir", "source"], told)
+    assert not Path(f"out/{task}/data/manifest.json").exists()
 
 
 def test_a_row_with_nothing_to_choose_from_is_dropped(tmp_path):
@@ -305,53 +219,40 @@ def test_a_row_with_nothing_to_choose_from_is_dropped(tmp_path):
 # ---- models ----
 
 
-def change(folder: Path, file: str, **values) -> None:
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
-
-
-def without(folder: Path, file: str, *keys: str) -> None:
-    have = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({k: v for k, v in have.items() if k not in keys}))
+def change(folder: Path, file: str, *without: str, **values) -> None:
+    have = json.loads((folder / file).read_text()) | values
+    (folder / file).write_text(json.dumps({k: v for k, v in have.items() if k not in without}))
 
 
 def change_weights(folder: Path, how) -> None:
-    weights = load_file(folder / "model.safetensors")
-    save_file(how(weights), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, file: Path):
-        self.file = str(file)
-
-    def __reduce__(self):
-        return open, (self.file, "w")
+    """Put how(name, weight) in the place of each weight, or leave it out where that is None."""
+    weights = {name: how(name, weight) for name, weight in load_file(folder / "model.safetensors").items()}
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def pickled(folder: Path) -> None:
+    """Unpickled, the weights make a file."""
     (folder / "model.safetensors").unlink()
-    with open(folder / "pytorch_model.bin", "wb") as f:
-        pickle.dump(Payload(folder.parent / "ran"), f)
+    (folder / "pytorch_model.bin").write_text(f"cbuiltins\nopen\n(V{folder.parent / 'ran'}\nVw\ntR.")
 
 
 def remote_code(folder: Path) -> None:
-    change(
-        folder, "config.json", model_type="evil", auto_map={"AutoConfig": "modeling_x.C", "AutoModel": "modeling_x.M"}
-    )
+    maps = {"AutoConfig": "modeling_x.C", "AutoModel": "modeling_x.M"}
+    change(folder, "config.json", model_type="evil", auto_map=maps)
     (folder / "modeling_x.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')\n")
 
 
 def remote_tokenizer(folder: Path) -> None:
+    remote_code(folder)
+    shutil.copy(Path(builtin_folder("random-small")) / "config.json", folder)
     (folder / "tokenizer.json").unlink()
     change(folder, "tokenizer_config.json", tokenizer_class="T", auto_map={"AutoTokenizer": ["modeling_x.T", None]})
-    (folder / "modeling_x.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')\n")
 
 
 def link(folder: Path) -> None:
-    shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(folder.parent / "outside.safetensors")
+    outside = shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
+    (folder / "model.safetensors").symlink_to(outside)
 
 
 def index(folder: Path, name) -> None:
@@ -360,47 +261,44 @@ def index(folder: Path, name) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def huge(folder: Path) -> None:
-    os.truncate(folder / "config.json", 2 * 2**30)  # sparse
+def drop_a_weight(folder: Path) -> None:
+    change_weights(folder, lambda name, w: None if "layers.1.mlp.up" in name else w)
 
 
 def drop_a_token(folder: Path) -> None:
     """The model's vocabulary ends before the tokenizer's."""
     change(folder, "config.json", vocab_size=200)
-    change_weights(folder, lambda w: {k: v[:200].clone() if "embed" in k else v for k, v in w.items()})
+    change_weights(folder, lambda name, w: w[:200].clone() if "embed" in name else w)
 
 
 def no_end(folder: Path) -> None:
-    without(folder, "tokenizer_config.json", "eos_token")
+    change(folder, "tokenizer_config.json", "eos_token")
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
 
 
-MODELS = {
-    "no config": (lambda f: (f / "config.json").unlink(), ("no config.json",)),
-    "config cut off": (lambda f: os.truncate(f / "config.json", 20), ("no readable config.json",)),
-    "config an array": (lambda f: (f / "config.json").write_text("[]"), ("no readable config.json",)),
-    "config of 2 GB": (huge, ("config.json", str(2 * 2**30))),
-    "unknown architecture": (lambda f: change(f, "config.json", model_type="evil"), ("evil",)),
-    "no architecture": (lambda f: without(f, "config.json", "model_type"), ("model_type",)),
-    "wrong width": (lambda f: change(f, "config.json", hidden_size=48), ()),
-    "width a word": (lambda f: change(f, "config.json", hidden_size="wide"), ()),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ("model.safetensors", "never pickles")),
-    "pickled weights": (pickled, ("model.safetensors", "never pickles")),
-    "weights cut off": (lambda f: os.truncate(f / "model.safetensors", 2000), ()),
-    "weights no tensors": (lambda f: (f / "model.safetensors").write_bytes(b"{}" * 99), ()),
-    "a weight is missing": (
-        lambda f: change_weights(f, lambda w: {k: v for k, v in w.items() if "layers.1.mlp.up" not in k}),
-        ("lack 1 weights", "layers.1.mlp.up_proj"),
-    ),
-    "an index that leaves the folder": (lambda f: index(f, "../outside.safetensors"), ("../outside.safetensors",)),
-    "an index of numbers": (lambda f: index(f, 7), ("'7'",)),
-    "a link out of the folder": (link, ("model.safetensors is a link", "copy")),
-    "remote code": (remote_code, ("code of its own", "never run")),
-    "a remote tokenizer": (remote_tokenizer, ()),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ()),
-    "tokenizer cut off": (lambda f: os.truncate(f / "tokenizer.json", 100), ()),
-    "no end of text": (no_end, ("no end-of-text token",)),
-    "more tokens than the model has": (drop_a_token, ("token 256", "199")),
+MODELS = {  # how a good one is spoiled, what is told
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config cut off": (lambda f: os.truncate(f / "config.json", 20), "no readable config.json"),
+    "config an array": (lambda f: (f / "config.json").write_text("[]"), "no readable config.json"),
+    "config of 2 GB": (lambda f: os.truncate(f / "config.json", 2 * 2**30), "config.json", str(2 * 2**30)),
+    "unknown architecture": (lambda f: change(f, "config.json", model_type="evil"), "evil"),
+    "no architecture": (lambda f: change(f, "config.json", "model_type"), "model_type"),
+    "wrong width": (lambda f: change(f, "config.json", hidden_size=48),),
+    "width a word": (lambda f: change(f, "config.json", hidden_size="wide"),),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors", "never pickles"),
+    "pickled weights": (pickled, "model.safetensors", "never pickles"),
+    "weights cut off": (lambda f: os.truncate(f / "model.safetensors", 2000),),
+    "weights no tensors": (lambda f: (f / "model.safetensors").write_bytes(b"{}" * 99),),
+    "a weight is missing": (drop_a_weight, "lack 1 weights", "layers.1.mlp.up_proj"),
+    "an index that leaves the folder": (lambda f: index(f, "../outside.safetensors"), "../outside.safetensors"),
+    "an index of numbers": (lambda f: index(f, 7), "'7'"),
+    "a link out of the folder": (link, "model.safetensors is a link", "copy"),
+    "remote code": (remote_code, "code of its own", "never run"),
+    "a remote tokenizer": (remote_tokenizer,),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(),),
+    "tokenizer cut off": (lambda f: os.truncate(f / "tokenizer.json", 100),),
+    "no end of text": (no_end, "no end-of-text token"),
+    "more tokens than the model has": (drop_a_token, "token 256", "199"),
 }
 
 
@@ -409,113 +307,94 @@ def model(tmp_path):
     return Path(shutil.copytree(builtin_folder("random-small"), tmp_path / "a model"))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("script, flag", [(TRAIN, "--model"), (DEBATE, "--strong")])
-def test_bad_models(script, flag, kind, good, model, capsys, monkeypatch):
-    tmp, defaults = good
-    spoil, told = MODELS[kind]
+BEFORE_ANYTHING = ("no weights", "pickled weights", "no end of text", "more tokens than the model has")
+WITH_MODEL = [(script, flag, kind) for script, flag in ((TRAIN, "--model"), (DEBATE, "--strong")) for kind in MODELS]
+WITH_MODEL += [(W2S, "--strong", kind) for kind in BEFORE_ANYTHING]  # the others when it loads the model
+
+
+@pytest.mark.parametrize("script, flag, kind", WITH_MODEL)
+def test_bad_models(script, flag, kind, refused, model):
+    spoil, *told = MODELS[kind]
     spoil(model)
-    assert_told(one_line(capsys, monkeypatch, script, [*defaults[script], flag, model]), 2, ("a model'", *told))
-    assert not (tmp / "ran").exists() and not (tmp / "out").exists()
+    refused(script, [flag, str(model)], ["a model", *told])
+    assert not Path("ran").exists() and not Path("out").exists()
 
 
-@pytest.mark.parametrize("kind", ["no weights", "pickled weights", "no end of text", "more tokens than the model has"])
-def test_w2s_refuses_a_bad_model_before_it_writes(kind, good, model, capsys, monkeypatch):
-    tmp, defaults = good
-    MODELS[kind][0](model)
-    end = one_line(capsys, monkeypatch, W2S, [*defaults[W2S], "--strong", model])
-    assert_told(end, 2, MODELS[kind][1])
-    assert not (tmp / "ran").exists() and not (tmp / "out").exists()
-
-
-def test_an_encoder_is_no_debater_and_no_student(good, model, capsys, monkeypatch):
+def test_an_encoder_is_no_debater_and_no_student(refused, model):
     from transformers import BertConfig, BertForMaskedLM
 
-    tmp, defaults = good
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    (model / "config.json").unlink()
     BertForMaskedLM(BertConfig(vocab_size=300, **sizes)).save_pretrained(model)
-    end = one_line(capsys, monkeypatch, TRAIN, [*defaults[TRAIN], "--model", model])
-    assert_told(end, 2, ("bert",))
+    refused(TRAIN, ["--model", str(model)], ["bert"])
 
 
-@pytest.mark.parametrize("script, flag", [(TRAIN, "--model"), (DEBATE, "--strong")])
-@pytest.mark.parametrize("temperature", ["0", "1"])
-def test_logits_that_are_not_finite_end_the_run(script, flag, temperature, good, model, capsys, monkeypatch):
-    tmp, defaults = good
-    change_weights(model, lambda w: {k: v * float("nan") if "norm" in k else v for k, v in w.items()})
-    flags = [*defaults[script], flag, model]
-    end = one_line(capsys, monkeypatch, script, [*flags, "--temperature", temperature] if script == DEBATE else flags)
-    assert_told(end, 1, ("loss is nan at step 0 of",) if script == TRAIN else ("logits are not finite",))
+NOT_FINITE = [
+    (TRAIN, ["--model"], ["loss is nan at step 0 of"]),
+    (W2S, ["--weak"], ["loss is nan at step 0 of", "weak-naive-f0-s0 failed"]),
+    (DEBATE, ["--temperature", "0", "--strong"], ["logits are not finite"]),
+    (DEBATE, ["--temperature", "1", "--strong"], ["logits are not finite"]),
+]
 
 
-def test_a_step_that_explodes_after_the_last_loss_is_seen(good, capsys, monkeypatch):
-    tmp, defaults = good
-    flags = [*defaults[TRAIN], "--lr", "1e38", "--epochs", "1"]
-    assert_told(one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr"))
-    assert [f.name for f in (tmp / "out").iterdir()] == ["steps.jsonl"]
-    assert_told(
-        one_line(capsys, monkeypatch, TRAIN, flags), 1, ("logits of", "--lr")
-    )  # such a folder may be used again
+@pytest.mark.parametrize("script, flags, told", NOT_FINITE)
+def test_logits_that_are_not_finite_end_the_run(script, flags, told, refused, model):
+    change_weights(model, lambda name, w: w * NAN if "norm" in name else w)
+    refused(script, [*flags, str(model)], told, code=1)
+    assert not list(Path("out").glob("sciq/predictions/*/manifest.json"))
 
 
-def test_triton_without_a_gpu(good, capsys, monkeypatch):
+def test_a_step_that_explodes_after_the_last_loss_is_seen(refused):
+    for _ in range(2):  # such a folder may be used again
+        refused(TRAIN, ["--lr", "1e38", "--epochs", "1"], ["logits of", "--lr"], code=1)
+        assert [f.name for f in Path("out").iterdir()] == ["steps.jsonl"]
+
+
+@pytest.mark.parametrize("script", [W2S, TRAIN])
+def test_triton_without_a_gpu(script, refused, monkeypatch):
     import triton
 
-    tmp, defaults = good
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for script in (W2S, TRAIN):
-        end = one_line(capsys, monkeypatch, script, [*defaults[script], "--kernels", "triton"])
-        assert_told(end, 2, ("'triton'", "no CUDA GPU", "reference"))
+    refused(script, ["--kernels", "triton"], ["'triton'", "no CUDA GPU", "reference"])
 
 
 # ---- the machine ----
 
 
+def without_rights(folder: Path, command: tuple) -> None:
+    os.setgid(65534)
+    os.setuid(65534)
+    os.chdir(folder)
+    call(command)
+
+
+NO_PERMISSION = [
+    (TRAIN, [], "is not writable"),
+    (W2S, [], "is not writable"),
+    (TRAIN, ["--train", "secret.jsonl", "--out", "open/out"], "secret.jsonl: cannot be read (Permission denied)"),
+]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up the rights of root")
-def test_no_permission(good):
-    """Of a user without rights: a folder that it may not write."""
-    tmp, defaults = good
-
-    for path in (tmp, *tmp.parents):
+@pytest.mark.parametrize("script, flags, told", NO_PERMISSION)
+def test_no_permission(script, flags, told, tmp_path):
+    for path in (tmp_path, *tmp_path.parents):
         path.chmod(path.stat().st_mode | 0o055)
-    with open(tmp / "told", "w+") as stderr:
-        child = os.fork()
-        if child == 0:
-            os.setgid(65534), os.setuid(65534)
-            sys.stderr, codes = stderr, []
-            for script in (TRAIN, W2S):
-                sys.argv = [script, *defaults[script]]
-                try:
-                    run_script(SCRIPTS[script])
-                except SystemExit as e:
-                    codes.append(e.code)
-            stderr.flush()
-            os._exit(0 if codes == [2, 2] else 1)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        told = (tmp / "told").read_text().splitlines()
-    assert code == 0 and len(told) == 2 and all("--out" in line and "not writable" in line for line in told), told
+    write_jsonl(tmp_path / "good.jsonl", GOOD)
+    (tmp_path / "secret.jsonl").touch(mode=0)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    command = (script, *FLAGS[script].split(), "--out", "out", *flags)
+    [user] = start(1, without_rights, tmp_path, command, stderr=tmp_path / "told")
+    user.join(300)
+    [line] = (tmp_path / "told").read_text().splitlines()
+    assert user.exitcode == 2 and told in line
 
 
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(common.InputError, match=r"rows\.jsonl: cannot be read \(Permission denied\)"):
-        common.read_jsonl(tmp_path / "rows.jsonl")
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     common.write_text(tmp_path / "a.txt", "old")
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        common.write_text(tmp_path / "a.txt", "new and longer")
+    with pytest.raises(UnicodeEncodeError):
+        common.write_text(tmp_path / "a.txt", "new, and half a pair \ud800")
     assert (tmp_path / "a.txt").read_text() == "old"
 
 
@@ -528,62 +407,45 @@ def sources() -> list[Path]:
     return found
 
 
-def forbidden(tree: ast.AST) -> list[str]:
+def forbidden(source: str) -> list[str]:
     """Calls that run text or data as code, and flags that let others' code run."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
-            found += [
-                n for n in names if n.split(".")[0] in ("pickle", "dill", "marshal", "shelve", "cloudpickle", "joblib")
-            ]
+            names = {a.name.split(".")[0] for a in node.names} | {(getattr(node, "module", None) or "").split(".")[0]}
+            found += names & {"pickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name in ("eval", "exec", "os.system", "os.popen", "torch.load", "np.load", "__import__"):
                 found.append(name)
-            for k in node.keywords:
-                if k.arg in ("shell", "trust_remote_code", "allow_pickle") and not (
-                    isinstance(k.value, ast.Constant) and k.value.value is False
-                ):
-                    found.append(f"{name}({ast.unparse(k)})")
+            flags = [k for k in node.keywords if k.arg in ("shell", "trust_remote_code", "allow_pickle")]
+            found += [f"{name}({ast.unparse(k)})" for k in flags if ast.unparse(k.value) != "False"]
     return found
 
 
 def test_no_source_runs_text_or_data_as_code():
     bad = "import pickle\neval(x)\nos.system(x)\nf(shell=True)\nf(trust_remote_code=True)\nf(trust_remote_code=False)"
-    assert sorted(forbidden(ast.parse(bad))) == [
-        "eval",
-        "f(shell=True)",
-        "f(trust_remote_code=True)",
-        "os.system",
-        "pickle",
-    ]
-    assert {p.name: forbidden(ast.parse(p.read_text())) for p in sources() if forbidden(ast.parse(p.read_text()))} == {}
+    assert set(forbidden(bad)) == {"eval", "f(shell=True)", "f(trust_remote_code=True)", "os.system", "pickle"}
+    assert [(p.name, found) for p in sources() if (found := forbidden(p.read_text()))] == []
 
 
 def test_whatever_loads_from_a_model_says_no_to_its_code():
     """Not said, the libraries ask at a terminal, and yes is one key away."""
-    calls = [
-        ast.unparse(node)
-        for path in sources()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and re.search(r"from_pretrained$", ast.unparse(node.func))
-    ]
-    of_users = [c for c in calls if "spec.source()" in c or "**source, **changes" in c]
-    assert len(of_users) == 3 and all("trust_remote_code=False" in c for c in of_users)
+    text = "".join(p.read_text() for p in sources() if p != ROOT / "data/models.py")  # which loads the built-in ones
+    calls = re.findall(r"\.from_pretrained\(.*?\)", text.replace("()", ""), re.DOTALL)
+    assert len(calls) >= 3 and all("trust_remote_code=False" in call for call in calls)
 
 
-def test_ids_of_a_file_name_no_path(good, capsys, monkeypatch):
-    tmp, defaults = good
+def test_ids_of_a_file_name_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = ["../../escaped", "/etc/escaped", "..", "a/b", "\x00", "~", "$(touch escaped)", "%2e%2e/x"]
-    write_jsonl(tmp / "good.jsonl", [r | {"id": n} for r, n in zip(GOOD, names, strict=True)])
-    before = {p for p in tmp.parent.rglob("*")}
-    for script, more in ((TRAIN, []), (DEBATE, ["--max-new-tokens", "2", "--turns", "1"])):
-        monkeypatch.setattr(sys, "argv", [script, *defaults[script], *more, "--out", str(tmp / "out" / script)])
-        run_script(SCRIPTS[script])
-    new = {p for p in tmp.parent.rglob("*")} - before
-    assert new and all(p.is_relative_to(tmp / "out") for p in new)
-    assert [r["id"] for r in common.read_jsonl(tmp / "out/debate/seed0.jsonl")] == names
+    write_jsonl(Path("good.jsonl"), [r | {"id": name} for r, name in zip(GOOD, names, strict=True)])
+    before = set(tmp_path.parent.rglob("*"))
+    assert run(TRAIN, *FLAGS[TRAIN].split(), "--out", "out/train") == 0
+    assert run(DEBATE, *FLAGS[DEBATE].split(), "--out", "out/debate", "--max-new-tokens", 2, "--turns", 1) == 0
+    new = set(tmp_path.parent.rglob("*")) - before
+    assert new and all(p.is_relative_to(tmp_path / "out") for p in new)
+    assert [r["id"] for r in read_jsonl(Path("out/debate/seed0.jsonl"))] == names
 
 
 def test_packages_that_some_runs_need_are_not_needed_by_the_others():

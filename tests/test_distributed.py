@@ -1,208 +1,188 @@
-"""Several processes under torchrun, gloo on a CPU: the same losses, predictions and tables as one process alone.
+"""History does not matter: what a run computes depends on its inputs alone, not on the number of processes, their groups,
+the order of the stages, or on what a process did before.
 
-Run by torchrun, this file is a rank: it finetunes a tiny model with each loss and rank 0 writes what came out.
+Run by torchrun, this file is a rank that runs the scripts that it is given.
 """
 
+import functools
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import METHODS, SMOKE, call, finish, free_port, products, run, start
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_robust import die_at
 from torch.testing import assert_close
 
-import train
-from common import in_groups, rank, read_jsonl, run_script
-from kernels import conf_loss
-from model import Classifier, ModelSpec, save_model
-from train import TrainConfig
+from common import read_jsonl, run_script, write_jsonl
 
-TEXTS = [f"Q: {'why ' * (i % 7)}{i * 37 % 101} A: {i}" for i in range(21)]
+LOSSES = ("xent", "product", "logconf")
 
 
-def finetuned(folder: str, keep: str = "") -> dict:
-    """Losses, hardened labels and predictions of a run with each loss; the last batch has fewer samples than ranks.
+def assert_close_probs(file: Path, whole: Path) -> None:
+    got, wanted = read_jsonl(file), read_jsonl(whole)
+    assert [r["id"] for r in got] == [r["id"] for r in wanted]
+    assert_close(*(torch.tensor([r["probs"] for r in rows]) for rows in (got, wanted)), atol=1e-5, rtol=0)
 
-    The last model is saved in the folder `keep`.
-    """
-    classifier = Classifier(ModelSpec(folder), 2, torch.float32, sharded=True)
-    labels = torch.tensor([[i * 29 % 31 / 31, 1 - i * 29 % 31 / 31] for i in range(len(TEXTS))])
-    out, harden = {}, conf_loss.hardened_to_0
-    for loss in train.LOSSES:
-        hardened: list = []
 
-        def spy(z, y, seen=hardened):
-            seen.append(harden(z, y).tolist())
-            return harden(z, y)
+def assert_same(out: Path, whole: Path) -> None:
+    """Probabilities and weights to 1e-5; data, transcripts and tables to the byte."""
+    for aside in out.rglob("*.stale*"):  # of what was made from probabilities that differ in the seventh digit
+        shutil.rmtree(aside)
+    files, wanted = products(out), products(whole)
+    assert files.keys() == wanted.keys()
+    for name in files:
+        if name.endswith("model.safetensors"):
+            assert_close(load_file(out / name), load_file(whole / name), atol=1e-5, rtol=0)
+        elif name.endswith(".jsonl") and ("/predictions/" in name or "/weak_labels/" in name):
+            assert_close_probs(out / name, whole / name)
+        elif name.startswith(("sciq/data", "sciq/transcripts", "tables")) and not name.endswith("manifest.json"):
+            assert files[name] == wanted[name], name
 
-        conf_loss.hardened_to_0 = spy
-        config = TrainConfig(loss=loss, lr=1e-4, batch_size=6, max_tokens_per_forward=64)
-        log = train.finetune(classifier, TEXTS, labels, config)["log"]
-        conf_loss.hardened_to_0 = harden
-        probs = train.predict(classifier, TEXTS, config)
-        out[loss] = {"losses": [r["loss"] for r in log], "hardened": hardened, "probs": probs.tolist()}
-    log = train.finetune(classifier, TEXTS, labels, config)["log"]  # the last run again, after a prediction
-    out["again"] = [[r["loss"] for r in log], train.predict(classifier, TEXTS, config).tolist()]
-    if keep:
-        save_model(classifier, Path(keep), config, "these texts")
-    return out
+
+# ---- whole pipelines ----
+
+
+@pytest.mark.parametrize("size, groups", [(2, 0), (4, 2)])
+def test_a_pipeline_is_the_same_on_any_number_of_ranks_and_in_groups(size, groups, smoke, tmp_path):
+    """The last batch has one sample, fewer than there are ranks."""
+    out = tmp_path / "out"
+    finish(start(size, call, ("w2s", *SMOKE, out, "--weak-gpus", groups, "--strong-gpus", groups)))
+    assert_same(out, smoke)
+
+
+def test_a_run_killed_on_two_ranks_continues_on_one(smoke, copied):
+    for stage in ("transcripts/debate", *(f"predictions/weak-debate-d{k}-t3-f0-s0" for k in range(4))):
+        shutil.rmtree(copied / "sciq" / stage)
+    ranks = start(2, die_at, 5, signal.SIGKILL, "weak-debate-d0", ("w2s", *SMOKE, copied))
+    ranks[0].join(300)
+    ranks[1].kill()  # it waits for the other
+    assert ranks[0].exitcode == -signal.SIGKILL
+    assert (copied / "sciq/predictions/weak-debate-d0-t3-f0-s0/started.json").exists()
+    assert run("w2s", *SMOKE, copied) == 0 and products(copied) == products(smoke)
+
+
+@settings(
+    max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate], database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(st.data())
+def test_the_order_and_what_ran_before_do_not_matter(smoke, tmp_path, data):
+    """Some stages are there already, some methods are made first, by one or two ranks, side by side or together."""
+    stages = sorted(p.parent.relative_to(smoke).as_posix() for p in smoke.rglob("manifest.json"))
+    missing = data.draw(st.sets(st.sampled_from(stages), min_size=5), "missing")
+    order = data.draw(st.permutations(METHODS), "order")
+    cut = data.draw(st.integers(1, len(METHODS) - 1), "cut")
+    size = data.draw(st.sampled_from([1, 2]), "ranks")
+    groups = data.draw(st.tuples(*[st.integers(0, size)] * 2), "groups")
+    out = tmp_path / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(smoke, out)
+    for stage in missing:
+        shutil.rmtree(out / stage)
+    command = ("w2s", *SMOKE, out, "--weak-gpus", groups[0], "--strong-gpus", groups[1])
+    finish(start(size, call, *((*command, "--methods", *some) for some in (order[:cut], order[cut:], order))))
+    if size == 1 or groups == (1, 1):
+        assert products(out) == products(smoke)
+    assert_same(out, smoke)
+
+
+# ---- torchrun ----
 
 
 def torchrun(*arguments: object, ranks: int = 1, node: int = 0, nodes: int = 1, port: int = 0) -> subprocess.Popen:
     launch = ["--nproc-per-node", ranks, "--nnodes", nodes, "--node-rank", node, "--master-addr", "127.0.0.1"]
-    port = port or free_port()
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "--master-port", port, *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch += ["--master-port", port or free_port()]
     return subprocess.Popen(
-        list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        list(map(str, [sys.executable, "-m", "torch.distributed.run", *launch, *arguments])),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def ended_well(*runs: subprocess.Popen) -> None:
-    for run in runs:
-        told = run.communicate(timeout=300)[0]
-        assert run.returncode == 0, told
-
-
 @pytest.fixture(scope="module")
-def alone(tiny_model):
-    return finetuned(tiny_model("qwen2"))
+def finetunings(tiny_model, tmp_path_factory):
+    """Commands, but for their folder, that finetune with each loss and then again with the last; what one process makes."""
+    folder = tmp_path_factory.mktemp("alone")
+    rows = [{"id": f"s{i}", "text": f"Q: {'why ' * (i % 7)}{i * 37 % 101} A: {i}"} for i in range(21)]
+    labels = [i * 29 % 31 / 31 for i in range(21)]
+    write_jsonl(folder / "rows.jsonl", [r | {"probs": [p, 1 - p]} for r, p in zip(rows, labels, strict=True)])
+    files = ["--train", folder / "rows.jsonl", "--test", folder / "rows.jsonl"]
+    sizes = [
+        "--lr",
+        1e-4,
+        "--batch-size",
+        6,
+        "--max-tokens-per-forward",
+        64,
+        "--epochs",
+        2,
+    ]  # the last batch has 3 samples
+    flags = ["--model", tiny_model("qwen2"), "--dtype", "float32", *files, *sizes]
+
+    def commands(out: Path) -> list[list]:
+        runs = zip((*LOSSES, LOSSES[-1]), (*LOSSES, "again"), strict=True)
+        return [["train", *map(str, flags), "--loss", loss, "--out", f"{out}/{name}"] for loss, name in runs]
+
+    finish(start(1, call, *commands(folder)))
+    return commands, folder
 
 
-@pytest.mark.parametrize("nodes, ranks", [(2, 1), (1, 2), (1, 4)])
-def test_finetuning_is_the_same_on_any_number_of_ranks_and_nodes(nodes, ranks, tiny_model, alone, tmp_path):
-    port = free_port()
-    arguments = (__file__, tiny_model("qwen2"), tmp_path / "out.json")
-    ended_well(*(torchrun(*arguments, ranks=ranks, node=n, nodes=nodes, port=port) for n in range(nodes)))
-    got = json.loads((tmp_path / "out.json").read_text())
-    for loss in train.LOSSES:
-        wanted = alone[loss]
-        assert got[loss]["hardened"] == wanted["hardened"]
-        for key in ("losses", "probs"):
-            assert_close(torch.tensor(got[loss][key]), torch.tensor(wanted[key]), atol=1e-5, rtol=0)
-    assert got["again"] == [got[loss]["losses"], got[loss]["probs"]]  # what ran before does not matter, to the last bit
-    assert len(alone["logconf"]["hardened"]) == 8 and torch.tensor(alone["xent"]["probs"]).std() > 1e-3
+@pytest.mark.parametrize("nodes, ranks", [(2, 1), (1, 4)])
+def test_finetuning_is_the_same_on_any_number_of_ranks_and_nodes(nodes, ranks, finetunings, tmp_path):
+    commands, alone = finetunings
+    port, asked = free_port(), json.dumps(commands(tmp_path))
+    runs = [torchrun(__file__, asked, ranks=ranks, node=n, nodes=nodes, port=port) for n in range(nodes)]
+    told = [process.communicate(timeout=300)[0] for process in runs]
+    assert [process.returncode for process in runs] == [0] * nodes, told
+    assert sum(text.count("; wrote ") for text in told) == len(LOSSES) + 1  # rank 0 alone speaks
+    for loss in LOSSES:
+        assert_close_probs(tmp_path / loss / "predictions.jsonl", alone / loss / "predictions.jsonl")
+        got, wanted = ([r["loss"] for r in read_jsonl(out / loss / "steps.jsonl")] for out in (tmp_path, alone))
+        assert len(got) == 8 and got == pytest.approx(wanted, abs=1e-5)
+    last, again = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in (LOSSES[-1], "again"))
+    assert last == again  # what ran before does not matter, to the last bit
 
 
-def test_a_run_killed_on_two_ranks_continues_on_one_to_the_same_tables(tmp_path):
-    flags = ["run", "--preset", "smoke", "--tasks", "sciq", "--seeds", 0, "--limit-train", 16, "--limit-test", 8]
-    flags += ["--methods", "finetune", "finetune_aux", "ours", "market_making", "--out"]
-    whole = torchrun(ROOT / "w2s.py", *flags, tmp_path / "whole", ranks=2)
-    killed = torchrun(ROOT / "w2s.py", *flags, tmp_path / "killed", ranks=2)
-    begun = tmp_path / "killed/sciq/predictions/weak-debate-d0-t3-f0-s0/started.json"
-    while not begun.exists() and killed.poll() is None:
-        time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    assert begun.exists() and killed.wait() == -signal.SIGKILL
-    ended_well(whole, torchrun(ROOT / "w2s.py", *flags, tmp_path / "killed"))
-    for name in ("table2", "table4", "table5"):
-        assert (tmp_path / f"killed/tables/{name}.md").read_text() == (tmp_path / f"whole/tables/{name}.md").read_text()
-    files = sorted((tmp_path / "whole/sciq/transcripts").rglob("*.jsonl"))
-    files += sorted((tmp_path / "whole/sciq/predictions").rglob("*.jsonl"))
-    assert len(files) > 40
-    for file in files:
-        assert_same(file, tmp_path / "killed" / file.relative_to(tmp_path / "whole"))
-
-
-def assert_same(file: Path, other: Path) -> None:
-    """Probabilities to 1e-5, everything else to the byte; steps.jsonl holds seconds."""
-    if {"predictions", "weak_labels"} & set(file.parts):
-        if file.name != "steps.jsonl":
-            got, wanted = (torch.tensor([r["probs"] for r in read_jsonl(f)]) for f in (other, file))
-            assert_close(got, wanted, atol=1e-5, rtol=0)
-    else:
-        assert other.read_bytes() == file.read_bytes()
-
-
-def test_a_whole_pipeline_is_the_same_on_two_ranks(tmp_path):
-    """Many runs in one process, at a learning rate that tells them apart: a run must not see what ran before it."""
-    flags = ["run", "--preset", "smoke", "--tasks", "sciq", "--seeds", 0]
-    flags += ["--methods", "finetune", "finetune_aux", "ours"]
-    ended_well(torchrun(ROOT / "w2s.py", *flags, "--out", tmp_path / "1"))
-    ended_well(torchrun(ROOT / "w2s.py", *flags, "--out", tmp_path / "2", ranks=2))
-    files = [f for f in sorted((tmp_path / "1/sciq").rglob("*.jsonl")) if f.name != "steps.jsonl"]
-    assert len(files) > 20
-    for file in files:
-        assert_same(file, tmp_path / "2" / file.relative_to(tmp_path / "1"))
-    assert (tmp_path / "1/tables/table2.md").read_text() == (tmp_path / "2/tables/table2.md").read_text()
-
-
-def test_groups_train_side_by_side_what_one_process_trains(tmp_path):
-    flags = ["run", "--preset", "smoke", "--tasks", "sciq", "--seeds", 0, 1, "--limit-train", 16, "--limit-test", 8]
-    flags += ["--methods", "finetune", "finetune_aux", "--out"]
-    groups = torchrun(ROOT / "w2s.py", *flags, tmp_path / "groups", "--weak-gpus", 1, "--strong-gpus", 1, ranks=2)
-    ended_well(torchrun(ROOT / "w2s.py", *flags, tmp_path / "alone"), groups)
-    files = sorted((tmp_path / "alone/sciq/predictions").rglob("t*.jsonl"))
-    assert len(files) == 2 * 2 + 2 * 2 + 2 + 4 * 2  # two zero-shot models, floors, ceilings, students
-    for file in files:
-        assert (tmp_path / "groups" / file.relative_to(tmp_path / "alone")).read_bytes() == file.read_bytes()
-
-
-def test_four_processes_in_groups_of_two_train_two_models_at_once(tiny_model, alone, tmp_path):
-    ended_well(torchrun(__file__, tiny_model("qwen2"), tmp_path / "out.json", "2", ranks=4))
-    for group in (0, 1):
-        got = json.loads((tmp_path / f"out.json{group}").read_text())
-        for loss in train.LOSSES:
-            wanted = alone[loss]
-            assert got[loss]["hardened"] == wanted["hardened"]
-            assert_close(torch.tensor(got[loss]["probs"]), torch.tensor(wanted["probs"]), atol=1e-5, rtol=0)
-        saved = Classifier(ModelSpec(f"{tmp_path}/out.json{group}.model"), 2, torch.float32)  # each group's, whole
-        probs = train.predict(saved, TEXTS, TrainConfig())
-        assert_close(probs, torch.tensor(got["again"][1]), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("failure", ["InputError", "OSError", "KeyError"])
-def test_a_rank_that_fails_ends_though_its_shutdown_would_hang(failure, tmp_path):
+@pytest.mark.parametrize("failure, code", [("InputError", 2), ("KeyError", 1)])
+def test_a_rank_that_fails_ends_though_its_shutdown_would_hang(failure, code, tmp_path):
     """As with NCCL, whose communicator waits for ranks that are in a collective. torchrun then stops the others."""
     script = tmp_path / "fails.py"
-    script.write_text(
-        "import atexit, sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from common import InputError, barrier, rank, run_script\n"
-        "def main():\n"
-        "    if rank() == 0:\n"
-        "        atexit.register(time.sleep, 1000)\n"
-        f"        raise {failure}('this one')\n"
-        "    barrier()\n"
-        "run_script(main)\n"
-    )
-    run = torchrun(script, ranks=2)
+    script.write_text(f"""
+import atexit, os, time
+from common import InputError, run_script
+def main():
+    if os.environ["RANK"] == "0":
+        atexit.register(time.sleep, 1000)
+        raise {failure}("this one")
+    time.sleep(1000)
+run_script(main)
+""")
+    process = torchrun(script, ranks=2)
     try:
-        told = run.communicate(timeout=60)[0]
+        told = process.communicate(timeout=60)[0]
     finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 1 and "this one" in told
-    assert f"exitcode  : {2 if failure == 'InputError' else 1} " in told
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1 and "this one" in told and f"exitcode  : {code} " in told
 
 
 def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
-    flags = ["--preset", "smoke", "--tasks", "sciq", "--methods", "finetune", "--weak-gpus", 2]
-    run = torchrun(ROOT / "w2s.py", "run", *flags, "--out", tmp_path / "out", ranks=3)
-    told = run.communicate(timeout=300)[0]
-    assert run.returncode != 0 and "3 processes cannot be cut into groups of 2" in told
-
-
-def main() -> None:
-    with in_groups(int(sys.argv[3]) if len(sys.argv) > 3 else 0) as (mine, groups):
-        name = sys.argv[2] + (str(mine) if groups > 1 else "")
-        result = finetuned(sys.argv[1], f"{name}.model")
-        if rank() == 0:
-            Path(name).write_text(json.dumps(result))
+    command = ("w2s", *SMOKE, tmp_path / "out", "--weak-gpus", 2)
+    ranks = start(3, call, command, stderr=tmp_path / "told")
+    for p in ranks:
+        p.join(300)
+    assert [p.exitcode for p in ranks] == [2] * 3 and not (tmp_path / "out").exists()
+    assert "3 processes cannot be cut into groups of 2" in (tmp_path / "told").read_text()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(functools.partial(call, *json.loads(sys.argv[1])))

@@ -291,7 +291,7 @@ LOADING = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from common import gather, rank, run_script, write_text
+from common import run_script, world, write_text
 from model import Classifier, ModelSpec
 from train import TrainConfig
 
@@ -299,19 +299,19 @@ def private_mb():  # of this process alone; a mapped file's pages are the system
     return next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
 def main():
-    Classifier(ModelSpec("random-small"), 2, torch.float32, sharded=True).reset(TrainConfig())  # imports
+    Classifier(ModelSpec("random-small"), 2, torch.float32, ranks=world()).reset(TrainConfig())  # imports
     before, peak = private_mb(), [0]
     def watch():
         while True:
             peak[0] = max(peak[0], private_mb())
             time.sleep(0.001)
     threading.Thread(target=watch, daemon=True).start()
-    classifier = Classifier(ModelSpec(sys.argv[1]), 2, torch.float32, sharded=True)
+    classifier = Classifier(ModelSpec(sys.argv[1]), 2, torch.float32, ranks=world())
     classifier.reset(TrainConfig())
-    used = gather(peak[0] - before)
+    used = world().gather(peak[0] - before)
     wholes = zip(classifier.model.base_model.parameters(), classifier.pretrained, strict=True)
     same = [torch.equal(getattr(p, "full_tensor", lambda: p)(), w) for p, w in wholes]
-    if rank() == 0:
+    if world().rank == 0:
         write_text(Path(sys.argv[2]), json.dumps([used, all(same)]))
 
 run_script(main)
