@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import (
+    ALONE,
     InputError,
     Ranks,
     check_out,
@@ -160,7 +161,7 @@ def finetune(
     if classifier.kernels != "reference":
         check_kernel(config, classifier.kernels, dev)
     schedule, max_tokens, n_tokens = list(batches(len(samples), config)), config.max_tokens_per_forward, 0
-    log = StepLog(f"finetune {classifier.spec.name}", len(schedule), classifier.ranks, steps_file)
+    log = StepLog(f"finetune {classifier.spec.name}", len(schedule), steps_file, classifier.ranks)
     for step, batch in enumerate(tqdm(schedule, desc=log.name, leave=False, disable=classifier.ranks.rank > 0 or None)):
         tokens, y = [samples[i] for i in batch], to_device(labels[batch], dev)
         loss, max_tokens = backward_that_fits(classifier, tokens, y, step / len(schedule), config, max_tokens)
@@ -179,7 +180,7 @@ class StepLog:
     Reading a loss synchronises with the GPU: there it is done every 20 steps, or after 5 s.
     """
 
-    def __init__(self, name: str, n_steps: int, ranks: Ranks, file: Path | None = None):
+    def __init__(self, name: str, n_steps: int, file: Path | None = None, ranks: Ranks = ALONE):
         self.name, self.n_steps, self.ranks, self.start = name, n_steps, ranks, time.time()
         self.file = file if ranks.rank == 0 else None
         self.rows: list[dict] = []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_distributed import ended_well, torchrun
+from test_distributed import torchrun
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -330,7 +330,9 @@ def test_none_of_four_ranks_ever_holds_half_of_the_weights(own, tiny_model, tmp_
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path / "model")
     (tmp_path / "loading.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LOADING}")
-    ended_well(torchrun(tmp_path / "loading.py", tmp_path / "model", tmp_path / "found.json", ranks=4))
+    end = torchrun(tmp_path / "loading.py", tmp_path / "model", tmp_path / "found.json", ranks=4)
+    told = end.communicate(timeout=300)[0]
+    assert end.returncode == 0, told
     used, same = json.loads((tmp_path / "found.json").read_text())
     print(megabytes, used)
     assert same and 180 < megabytes < 220
