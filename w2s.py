@@ -9,7 +9,7 @@
 The method, each step a function below: the strong model debates every training sample (`debates`); weak models, the
 judges, are finetuned on ground truth and read the transcripts (`train_members`); their soft labels on the other half are
 averaged (`label_with_ensemble`); the strong model is finetuned on those (`train_student`) and scored between the weak
-floor and the strong ceiling (`pgr`, in stats.py). Every step is a stage: done once, skipped while nothing that it
+floor and the strong ceiling (`pgr`, in report/stats.py). Every step is a stage: done once, skipped while nothing that it
 depends on has changed, continued when it was killed.
 """
 

@@ -27,7 +27,7 @@ MEANS = {  # name -> title, note, and the columns: field of the rows -> head
         "also: error inheritance, how often the student is wrong where its label was wrong; correction, right there; new "
         "errors, wrong where its label was right.",
         {"brier": "Brier", "ece": "ECE %", "frac_pred_1": "class 1 predicted %", "weak_label_brier": "weak labels: Brier",
-         "weak_label_ece": "ECE %", "weak_label_frac_pred_1": "class 1 predicted %",
+         "weak_label_ece": "weak labels: ECE %", "weak_label_frac_pred_1": "weak labels: class 1 predicted %",
          "error_inheritance": "error inheritance %", "correction": "correction %", "new_errors": "new errors %"},
     ),
     "debates": (
