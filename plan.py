@@ -165,8 +165,6 @@ def finetuning_memory(m: Shape, gpus: int, tokens: int, longest: int, checkpoint
     parts = {"state": a_parameter * N / gpus}
     if gpus > 1:  # the embedding stays whole; of blocks the next one too, and a gradient on its way in float32
         parts["gathered"] = e * m.embeddings + (3 * e + 4) * m.block
-    if not flash:
-        parts["pretrained"] = 4 * N / gpus  # on a CPU they lie in the same memory
     return parts | {"activations": max(tokens * a_token, e * m.embeddings)}
 
 

@@ -98,7 +98,9 @@ class TrainConfig:
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
     kernels: str = flag("auto", "head and loss: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True)
-    max_tokens_per_forward: int = flag(32768, "most tokens in one forward; does not change the result", int, speed=True)
+    max_tokens_per_forward: int = flag(
+        32768, "most tokens in one forward; changes the result by rounding alone", int, speed=True
+    )
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool, speed=True)
     compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool, speed=True)
     alpha: float = flag(1.0, "product loss: exponent of the labels", float)
@@ -150,9 +152,10 @@ def finetune(
 ) -> dict:
     """Train `classifier` from its pretrained weights on soft labels [N, K]; returns tokens, steps, cut inputs and the log.
 
-    The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are. Rows of the log go
-    to `steps_file` as training goes on. Raises ValueError on labels that are no probabilities, FloatingPointError on a
-    loss that is not finite.
+    The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are, to rounding. Two
+    equal runs give the same bits in float32; in bfloat16 on a GPU, FlashAttention's backward adds in no fixed order.
+    Rows of the log go to `steps_file` as training goes on. Raises ValueError on labels that are no probabilities,
+    FloatingPointError on a loss that is not finite.
     """
     check_labels(labels, len(texts))
     classifier.reset(config)
@@ -214,9 +217,7 @@ class StepLog:
                 )
 
 
-def backward_batch(
-    classifier: Classifier, tokens: list[list[int]], y: Tensor, step_frac: float, config, max_tokens: int
-):
+def backward_batch(classifier, tokens: list[list[int]], y: Tensor, step_frac: float, config, max_tokens: int) -> Tensor:
     """Forward, loss, backward, accumulate: the loss of the whole batch, on every rank; its gradients are the optimizer's.
 
     Every rank runs its share of the samples. With several micro-batches the logits are computed first without gradient,
@@ -230,7 +231,7 @@ def backward_batch(
     def forward(m: list[int]) -> Tensor:
         return classifier.logits([tokens[i] for i in m or [0]])
 
-    with torch.set_grad_enabled(len(mine) == 1):
+    with torch.set_grad_enabled(len(mine) == 1):  # then this graph is the one that is pushed back through
         logits = [forward(m) for m in mine]
     z = torch.zeros_like(y)
     for r, out in zip(rows, logits, strict=True):

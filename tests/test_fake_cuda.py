@@ -172,13 +172,13 @@ def test_float32_attention_is_padded_with_as_many_key_heads_as_query_heads(name,
     class Sdpa(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if func is torch.nn.functional.scaled_dot_product_attention:
-                asked.append((*(x.shape for x in args), kwargs["is_causal"]))
+                asked.append((*(x.shape for x in args), kwargs["enable_gqa"], kwargs["is_causal"]))
             return func(*args, **(kwargs or {}))
 
     with AttentionCalls() as seen, Sdpa():
         out, _ = packed_attention(None, q, k, v, None, s.d**-0.5, where)
         gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
-    assert not seen.calls and asked == [(*[(len(LENGTHS), s.heads, max(LENGTHS), s.d)] * 3, True)]
+    assert not seen.calls and asked == [(*[(len(LENGTHS), s.heads, max(LENGTHS), s.d)] * 3, False, True)]
     assert (out.shape, out.dtype) == ((1, T, s.heads, s.d), torch.float32)
     assert [g.shape for g in gradients] == [x.shape for x in (q, k, v)]
 
