@@ -144,11 +144,11 @@ def loss_kernel(
     dz_ptr += e * n_rows * n_classes
     y_ptr += e * y_stride
     if MODE == 2:  # the quantile of p_0 at q = mean y_1 over the head's samples
-        b = tl.arange(0, ROWS)
-        inside = b < n_rows
-        z0 = tl.load(z_ptr + 2 * b, mask=inside, other=0.0)
-        z1 = tl.load(z_ptr + 2 * b + 1, mask=inside, other=0.0)
-        q = tl.sum(tl.load(y_ptr + 2 * b + 1, mask=inside, other=0.0).to(tl.float64), 0) / n_rows
+        s = tl.arange(0, ROWS)
+        inside = s < n_rows
+        z0 = tl.load(z_ptr + 2 * s, mask=inside, other=0.0)
+        z1 = tl.load(z_ptr + 2 * s + 1, mask=inside, other=0.0)
+        q = tl.sum(tl.load(y_ptr + 2 * s + 1, mask=inside, other=0.0).to(tl.float64), 0) / n_rows
         q = tl.minimum(tl.maximum(q, 0.0), 1.0)
         threshold = select_quantile(float64_p0(z0, z1), z0 - z1, inside, q, n_rows)
     k = tl.arange(0, BLOCK_K)[None, :]
