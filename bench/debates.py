@@ -38,6 +38,7 @@ class Args:
     task: str = flag("sciq", "the task", choices=tuple(data.prepare.TASKS))
     data_dir: str | None = flag(None, "folder with <task>/<split>.jsonl[.gz] in the hub's schema; default: the hub")
     strong: str = flag("smollm2-135m", "the debating model: hub id, folder or built-in model")
+    dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
     samples: int = flag(64, "samples of the task", int)
     seeds: int = flag(4, "debates of each sample", int)
     turns: int = flag(3, "turns of each debate", int)
@@ -115,17 +116,16 @@ def measured_rows(args: Args) -> Iterator[dict]:
     if len(samples) < args.samples:
         raise InputError(f"--samples {args.samples}: task {args.task} has {len(samples)}")
     samples = sorted(samples[: args.samples], key=lambda s: len(s["text"]))
-    spec, config = ModelSpec.parse(args.strong), DebateConfig(args.max_new_tokens, args.temperature)
+    spec, config = ModelSpec.parse(args.strong), DebateConfig(args.max_new_tokens, args.temperature, dtype=args.dtype)
     engines = [e for e in args.engines if e != "vllm" or importlib.util.find_spec("vllm")]
     debaters = {e: ENGINES["vllm" if e == "vllm" else "replicated"](spec, config) for e in {"ours", *engines}}
     for debater in debaters.values():
         debater.is_end[:] = False  # no token ends a turn
     debater, bandwidth = debaters["ours"], copy_bandwidth()
     if "generate" in engines:
-        model = load_model(spec, AutoModelForCausalLM, resolve_dtype("auto")).to(device()).eval()
-        model.generation_config = GenerationConfig(
-            do_sample=True, temperature=args.temperature, top_k=0, max_new_tokens=args.max_new_tokens, pad_token_id=0
-        )
+        model = load_model(spec, AutoModelForCausalLM, resolve_dtype(args.dtype)).to(device()).eval()
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "pad_token_id": 0}
+        model.generation_config = GenerationConfig(max_new_tokens=args.max_new_tokens, **sampling)
     ours(debater, args, samples[:1], args.seeds)  # unmeasured: libraries load their kernels
     opening = statistics.mean(len(encode_question(debater, args.task, "debate", s)) for s in samples)
     columns = round(opening + args.turns * args.max_new_tokens / 2)
@@ -152,22 +152,17 @@ def measured_rows(args: Args) -> Iterator[dict]:
 
 
 def report(rows: list[dict]) -> None:
-    """Medians over rounds, and the ratio of ours to each engine, both at their best batch size, by rounds."""
-    rates: dict[str, dict[int, list[float]]] = {}
+    """Medians over rounds."""
+    rates: dict[tuple, list[float]] = {}
     for row in rows:
-        rates.setdefault(row["engine"], {}).setdefault(row["batch"], []).append(row["tokens_per_s"])
-    best = {engine: max(by_batch.values(), key=statistics.median) for engine, by_batch in rates.items()}
-    for engine, by_batch in rates.items():
-        for batch, values in by_batch.items():
-            print0(f"{engine:10}{batch:6}{statistics.median(values):10.1f} tokens/s, median of {len(values)} rounds")
-        if engine != "ours" and "ours" in best:
-            ratio = statistics.median(o / v for o, v in zip(best["ours"], best[engine], strict=True))
-            print0(f"ours / {engine}, each at its best batch size: {ratio:.2f}")
+        rates.setdefault((row["engine"], row["batch"]), []).append(row["tokens_per_s"])
+    for (engine, batch), values in rates.items():
+        print0(f"{engine:10}{batch:6}{statistics.median(values):10.1f} tokens/s, median of {len(values)} rounds")
 
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "bench.debates", __doc__)
-    report(write_rows(measured_rows(args), args.csv))
+    report(write_rows(measured_rows(args), args.csv, args.dtype))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ steps() { # seconds, name, model, more flags
 }
 
 debates() { # seconds, name, model, more flags
-  part "$1" "debates_$2" python3 -m bench.debates --data-dir "$made" --strong "$made/$3" --csv "$out/debates_$2.csv" \
+  part "$1" "debates_$2" python3 -m bench.debates --task facts --strong "$made/$3" --csv "$out/debates_$2.csv" \
     --engines ours generate --rounds 1 "${@:4}"
 }
 
@@ -41,7 +41,7 @@ if [ "$dry" = 1 ]; then
   export CUDA_VISIBLE_DEVICES=""
   part 60 made_up python3 -m bench.made_up "$made" random-large
   part 30 kernels python3 -m bench.kernels --rows T4 H --seconds 0 --csv "$out/kernels.csv"
-  steps 60 toy random-large --samples "$made/questions.jsonl" --steps 2 --rounds 1 --providers ours "openai 32"
+  steps 60 toy random-large --words 16 28 --steps 2 --rounds 1 --providers ours "openai 32"
   debates 60 toy random-large --samples 4 --seeds 2 --max-new-tokens 4 --batches 8
   exit $failed
 fi
@@ -52,8 +52,8 @@ W2S_TEST_ON_GPU=1 part 100 tests python3 -m pytest -rs tests/test_gpu.py
 cp "$made/said" "$out/tests.txt"
 wait $making || failed=1
 debates 60 1.5b Qwen2.5-1.5B --batches 128 --max-new-tokens 100
-steps 80 1.5b Qwen2.5-1.5B --samples "$made/transcripts.jsonl" --steps 4 --rounds 1 --providers ours "openai 32"
+steps 80 1.5b Qwen2.5-1.5B --words 540 700 --steps 4 --rounds 1 --providers ours "openai 32"
 debates 110 7b Qwen2.5-7B --batches 128 256 64 --max-new-tokens 100
-steps 80 7b_8_blocks Qwen2.5-7B:8 --samples "$made/transcripts.jsonl" --steps 4 --rounds 1 --providers ours "openai 32"
+steps 80 7b_8_blocks Qwen2.5-7B:8 --words 540 700 --steps 4 --rounds 1 --providers ours "openai 32"
 part 90 kernels python3 -m bench.kernels --rows T1 T4 H --seconds 0.2 --csv "$out/kernels.csv"
 exit $failed

@@ -1,22 +1,20 @@
-"""Models of random weights at real shapes, and texts of real lengths: what the benchmarks need where there is no hub.
+"""Models of random weights at real shapes: what the benchmarks need where there is no hub.
 
     python -m bench.made_up FOLDER Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B
 
-Writes FOLDER/<shape> for each shape, an ordinary Hugging Face folder; FOLDER/questions.jsonl and transcripts.jsonl, texts
-of questions alone and with three turns; and FOLDER/sciq, rows for bench.debates. A word is a token: its tokenizer has as
-many words as the model has rows, so that what a random model says is read again at its length.
+Writes FOLDER/<shape> for each shape, an ordinary Hugging Face folder. A word is a token: its tokenizer has as many words as
+the model has rows, so that what a random model says is read again at its length.
 """
 
 import sys
 from pathlib import Path
-from random import Random
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import plan
-from common import InputError, print0, run_script, write_jsonl
+from common import InputError, print0, run_script
 from model import device, resolve_dtype
 
 SHAPES = plan.SHAPES | {"Qwen/Qwen2.5-7B": plan.Shape(3584, 28, 18944, 28, 4, 128, 152064)}
@@ -38,29 +36,10 @@ def write_model(shape: plan.Shape, folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
 
 
-def texts(low: int, high: int, n: int) -> list[str]:
-    """Of `low` to `high` words each."""
-    r = Random(0)
-    return [" ".join(f"word{r.randrange(2, 200)}" for _ in range(r.randint(low, high))) for _ in range(n)]
-
-
-def write_texts(folder: Path) -> None:
-    for name, low, high in (("questions", 16, 28), ("transcripts", 540, 700)):
-        write_jsonl(folder / f"{name}.jsonl", [{"id": str(i), "text": t} for i, t in enumerate(texts(low, high, 512))])
-    answers = [f"word{i}" for i in range(2, 200)]
-    names = ("correct_answer", "distractor1", "distractor2", "distractor3")
-    rows = [
-        {"question": f"{q} {i}"} | dict(zip(names, Random(i).sample(answers, 4), strict=True))
-        for i, q in enumerate(texts(10, 24, 400))
-    ]
-    write_jsonl(folder / "sciq/train.jsonl", rows)
-
-
 def main() -> None:
     folder, *names = sys.argv[1:] or [""]
     if not folder or set(names) - SHAPES.keys():
         raise InputError(f"usage: python -m bench.made_up FOLDER SHAPE ...; shapes: {', '.join(SHAPES)}")
-    write_texts(Path(folder))
     for name in names:
         write_model(SHAPES[name], Path(folder) / name.split("/")[-1])
         print0(f"{folder}/{name.split('/')[-1]}: random weights at the shape of {name}")

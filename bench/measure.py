@@ -5,7 +5,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 
@@ -56,8 +55,9 @@ def matmul_rate() -> float:
 
 
 def profiled(work: Callable) -> Counter:
-    """How often each (device, name) stands in a profile of `work`: operators and CUDA calls on CPU, kernels and copies on CUDA."""
-    with torch.profiler.profile() as profile:
+    """How often each (device, name) stands in a profile of `work`: CUDA calls and what they start; without a GPU, operators."""
+    kind = torch.profiler.ProfilerActivity.CUDA if GPU else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
         work()
         synchronise()
     return Counter((e.device_type.name, e.name) for e in profile.events() if not e.is_user_annotation)
@@ -73,10 +73,10 @@ def waited(calls: Counter) -> int:
     return sum(n for (_, name), n in calls.items() if name in ("cudaStreamSynchronize", "cudaEventSynchronize"))
 
 
-def write_rows(rows: Iterable[dict], path: str) -> list[dict]:
+def write_rows(rows: Iterable[dict], path: str, dtype: str = "auto") -> list[dict]:
     """Print each row as it comes, and write it to `path`, if it is named, with device, dtype, commit and versions."""
     here = provenance()
-    facts = {"device": here["device"], "dtype": str(resolve_dtype("auto"))[6:], "threads": torch.get_num_threads()}
+    facts = {"device": here["device"], "dtype": str(resolve_dtype(dtype))[6:], "threads": torch.get_num_threads()}
     facts |= {"commit": here["commit"]} | {k: here["versions"][k] for k in ("torch", "triton", "transformers")}
     print0(", ".join(f"{k} {v}" for k, v in facts.items()))
     done = []
@@ -84,7 +84,6 @@ def write_rows(rows: Iterable[dict], path: str) -> list[dict]:
         texts = {k: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
         print0(" | ".join(f"{k} {v}" for k, v in texts.items() if v))
         if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a" if done else "w", newline="") as file:
                 writer = csv.DictWriter(file, [*texts, *facts], lineterminator="\n")
                 if not done:

@@ -19,6 +19,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -41,16 +42,24 @@ PROVIDERS = ("ours", "ours, kernels off", "openai 1", "openai 32")
 class Args:
     csv: str = flag("", "file to write the rows to")
     model: str = flag("smollm2-135m", "hub id, folder or built-in model; `:N` keeps the first N blocks")
-    samples: str = flag("", "JSON lines with text; default: 16 to 28, and 100 to 500, common words")
+    samples: str = flag("", "JSON lines with text; default: made-up texts")
+    words: tuple = flag((100, 500), "shortest and longest made-up text", int)
     steps: int = flag(4, "steps per round; the first is not counted", int)
     rounds: int = flag(2, "rounds, in each of which every provider has its turn on the same batches", int)
     providers: tuple = flag(PROVIDERS if GPU else ("ours", *PROVIDERS[2:]), "what to run", choices=PROVIDERS)
 
 
-def common_words(low: int, high: int, n: int) -> list[str]:
-    words = "the a of to in is it that for was on are as with his they at be this from have or by one".split()
-    r = random.Random(0)
-    return [" ".join(r.choices(words, k=r.randint(low, high))) for _ in range(n)]
+def texts_of(args: Args, n: int) -> list[str]:
+    if not args.samples:
+        r, common = (
+            random.Random(0),
+            "the a of to in is it that for was on are as with his they at be this from".split(),
+        )
+        return [" ".join(r.choices(common, k=r.randint(*args.words))) for _ in range(n)]
+    texts = [r["text"] for r in read_samples(Path(args.samples), "text")]
+    if len(texts) < n:
+        raise InputError(f"--samples {args.samples!r}: {len(texts)} rows, {n} are needed; lower --steps or --rounds")
+    return texts[:n]
 
 
 class OpenAILoop:
@@ -125,55 +134,46 @@ def planned(spec: ModelSpec, config: train.TrainConfig, tokens: int, longest: in
     return 6 * shape.body, sum(parts.values()) / 1e9
 
 
-def sources(args: Args, n: int) -> dict[str, list[str]]:
-    if not args.samples:
-        return {f"{low}-{high} words": common_words(low, high, n) for low, high in ((16, 28), (100, 500))}
-    texts = [r["text"] for r in read_samples(Path(args.samples), "text")]
-    if len(texts) < n:
-        raise InputError(f"--samples {args.samples!r}: {len(texts)} rows, {n} are needed; lower --steps or --rounds")
-    return {Path(args.samples).stem: texts[:n]}
-
-
-def step_rows(args: Args, profile: list[dict]):
-    """One row per text source and provider; every round gives each provider the same batches. Fills `profile`."""
+def step_rows(args: Args, profile: list[dict]) -> Iterator[dict]:
+    """One row per provider; every round gives each the same batches. Appends to `profile` what a step of each calls."""
     spec, config = ModelSpec.parse(args.model), train.TrainConfig(loss="logconf", epochs=1)
     n, names = config.batch_size * args.steps, args.providers
-    y = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    texts_of, labels, rate = sources(args, n * args.rounds), torch.cat([y, 1 - y], 1), matmul_rate()
-    for source, texts in texts_of.items():
-        lengths = [min(len(ids), config.max_tokens) for ids in load_tokenizer(spec)(texts)["input_ids"]]
-        runs: dict[str, list] = {name: [] for name in names}
-        for i in range(args.rounds):
-            for name in names if i % 2 == 0 else names[::-1]:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    run = pool.submit(measure, name, spec, texts[i * n : (i + 1) * n], labels, config)
-                    runs[name].append(run.result())
-        for name in names:
-            logs, peaks, (calls, *_) = zip(*runs[name], strict=True)
-            pairs = [pair for log in logs for pair in itertools.pairwise(log)]
-            seconds, tokens = ([b[k] - a[k] for a, b in pairs] for k in ("seconds", "tokens"))
-            flops, gb = planned(spec, config, max(tokens), max(lengths))
-            first = itertools.chain.from_iterable(log for log, _, _ in runs[names[0]])
-            shape = f"{args.model} {source}, {sum(lengths) / len(lengths):.0f} tokens per sample"
-            yield {
-                "shape": shape, "loss": config.loss, "provider": name, **spread([1e3 * s for s in seconds]),
-                "tokens_per_s": sum(tokens) / sum(seconds), "matmul_tflops": rate / 1e12,
-                "step_share": flops * sum(tokens) / sum(seconds) / rate, "peak_gb": max(peaks),
-                "planned_gb": gb if name.startswith("ours") else None,
-                "launches": launched(calls) if GPU else None, "host_waits": waited(calls) if GPU else None,
-                "error": max(abs(a["loss"] - b["loss"]) for a, b in zip(itertools.chain(*logs), first, strict=True)),
-            }  # fmt: skip
-            profile += [
-                {"shape": shape, "provider": name, "where": where, "name": called[:80], "per_step": k}
-                for (where, called), k in calls.most_common(30)
-            ]
+    texts, y = texts_of(args, n * args.rounds), torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
+    labels, rate = torch.cat([y, 1 - y], 1), matmul_rate()
+    lengths = [min(len(ids), config.max_tokens) for ids in load_tokenizer(spec)(texts)["input_ids"]]
+    source = Path(args.samples).stem if args.samples else f"{args.words[0]}-{args.words[1]} words"
+    about = {
+        "model": args.model,
+        "texts": f"{source}, {sum(lengths) / len(lengths):.0f} tokens each",
+        "loss": config.loss,
+    }
+    runs: dict[str, list] = {name: [] for name in names}
+    for i in range(args.rounds):
+        for name in names if i % 2 == 0 else names[::-1]:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                run = pool.submit(measure, name, spec, texts[i * n : (i + 1) * n], labels, config)
+                runs[name].append(run.result())
+    first = [row for log, _, _ in runs[names[0]] for row in log]
+    for name in names:
+        logs, peaks, (calls, *_) = zip(*runs[name], strict=True)
+        pairs = [pair for log in logs for pair in itertools.pairwise(log)]
+        seconds, tokens = ([b[k] - a[k] for a, b in pairs] for k in ("seconds", "tokens"))
+        flops, gb = planned(spec, config, max(tokens), max(lengths))
+        yield about | {
+            "provider": name, **spread([1e3 * s for s in seconds]), "tokens_per_s": sum(tokens) / sum(seconds),
+            "matmul_tflops": rate / 1e12, "step_share": flops * sum(tokens) / sum(seconds) / rate,
+            "peak_gb": max(peaks), "planned_gb": gb if name.startswith("ours") else None,
+            "launches": launched(calls) if GPU else None, "host_waits": waited(calls) if GPU else None,
+            "error": max(abs(a["loss"] - b["loss"]) for a, b in zip(itertools.chain(*logs), first, strict=True)),
+        }  # fmt: skip
+        for (where, called), k in calls.most_common(30):
+            profile.append(about | {"provider": name, "where": where, "name": called[:80], "per_step": k})
 
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "bench.steps", __doc__)
-    for name, least in {"steps": 2, "rounds": 1}.items():
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: at least {least}")
+    if args.steps < 2 or args.rounds < 1:
+        raise InputError(f"--steps {args.steps} --rounds {args.rounds}: at least 2 steps, and a round")
     profile: list[dict] = []
     write_rows(step_rows(args, profile), args.csv)
     write_rows(profile, args.csv and str(Path(args.csv).with_suffix("")) + "_profile.csv")
