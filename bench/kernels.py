@@ -1,348 +1,158 @@
-"""The kernel benchmark: head, loss and their gradients, beside PyTorch, torch.compile and OpenAI's way.
+"""The kernel benchmark: head, loss and their gradients, beside PyTorch and torch.compile; and heads alone.
 
-    python -m bench.kernels --csv kernels.csv        every row that this machine can run
+    python -m bench.kernels --csv kernels.csv        every row that this machine can run; a CPU takes smaller shapes
 
-T1 to T3: B samples of K = 2 classes and their hidden states [B, T, D]. T4: loss and gradient of E heads at once. Every provider but openai returns the gradient of the B rows alone; openai that
-of all of `hidden`, as its loop does.
+T1 to T3: B samples of K = 2 classes and their hidden states [B, T, D]; the gradients are those of the B rows and the head.
+T4: loss and gradient of E heads at once. H: a whole run of heads.finetune_heads, E heads together or one by one.
 
-Columns: median, 20th and 80th percentile of the wall time with a synchronised GPU; GPU time from a flushed L2 cache (cold);
-peak memory above the inputs; kernel launches; worst relative error of loss and weight gradients, and of dh, against
-float64; time to move the bytes once at the measured copy bandwidth (floor), and how many floors the median took.
+Columns: median, 20th and 80th percentile of the wall time with a synchronised GPU; medians of the GPU's time from a flushed
+L2 cache (cold) and inside a CUDA graph, where launches cost nothing; launches; time to move inputs and gradients once at the
+measured copy bandwidth (floor), and how many floors the median took. That all give the same is tests/test_kernels.py's part.
 """
 
-import csv
 import dataclasses
-import importlib.util
-import io
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+import triton
 from torch import Tensor
 
+import heads
 import train
-from common import flag, parse_dataclass, print0, run_script, write_text
+from bench.measure import DEVICE, GPU, copy_bandwidth, launched, profiled, spread, wall_ms, write_rows
+from common import flag, parse_dataclass, run_script
 from kernels import conf_loss
 from kernels import head as head_kernel
-from model import device
-from stages import provenance
 
-DEVICE = device()
-GPU = DEVICE.type == "cuda"
 CONFIG = train.TrainConfig()  # of the losses
-SHARE = 0.5  # of the run: the confidence loss after its warm-up
-COLUMNS = (
-    "row", "shape", "loss", "provider", "p50_ms", "p20_ms", "p80_ms", "cold_ms", "tokens_per_s", "peak_mb", "above_mb",
-    "launches", "error", "error_dh", "floor_ms", "floors", "note",
-)  # fmt: skip
+BATCHES = {"T1": 32, "T2": 256, "T3": 4096} if GPU else {"T1": 32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    rows: tuple = flag(("T1", "T2", "T3", "T4"), "which to run", choices=("T1", "T2", "T3", "T4"))
+    rows: tuple = flag(("T1", "T2", "T3", "T4", "H"), "which to run", choices=("T1", "T2", "T3", "T4", "H"))
     seconds: float = flag(0.5, "of each measurement of wall time, at least 5 calls", float)
     csv: str = flag("", "file to write the rows to")
 
 
-# ---- head and loss ----
+class Case(NamedTuple):
+    """One shape: the step of each provider, and the bytes that it must move."""
 
-
-@dataclasses.dataclass
-class Case:
-    """Inputs of one row; `hidden` is [B, T, D], `flat` the same as [B * T, D]; T4 has `logits` alone."""
-
-    row: str
     shape: str
-    loss: str
-    labels: Tensor  # [E, B, K]
-    hidden: Tensor | None = None
-    rows: Tensor | None = None
-    head_w: Tensor | None = None
-    logits: Tensor | None = None
-    n_bytes: int = 0  # moved once: inputs read, gradients written
-
-    @property
-    def flat(self) -> Tensor:
-        return self.hidden.flatten(0, -2)
+    steps: dict[str, Callable]
+    n_bytes: int = 0
 
 
-def cases(names: tuple) -> list[Callable[[], Case]]:
-    """Constructors, so that one case at a time holds memory. A CPU gets small shapes."""
-    D, T = (5120, 540) if GPU else (576, 32)
-    batches = {"T1": 32, "T2": 256, "T3": 4096} if GPU else {"T1": 32}
-    made = []
-    for loss in conf_loss.MODES:
-        made += [(row, head_case, (row, B, T, D, loss)) for row, B in batches.items()]
-        sizes = [(E, B) for E in (1, 64, 1024) for B in (32, 4096)] if GPU else [(1, 32), (64, 32)]
-        made += [("T4", heads_case, (E, B, loss)) for E, B in sizes]
-    return [(lambda make=make, a=a: make(*a)) for row, make, a in made if row in names]
+def cross_entropy(loss: str, z: Tensor, y: Tensor) -> Tensor:
+    """As after the warm-up of the confidence loss."""
+    return conf_loss.cross_entropy(z, train.LOSSES[loss](z.detach(), y, 1.0, CONFIG))
 
 
-def head_case(row: str, B: int, T: int, D: int, loss: str) -> Case:
-    g = torch.Generator(DEVICE).manual_seed(0)
-    hidden = torch.randn(B, T, D, generator=g, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
-    lengths = torch.randint(T // 2, T + 1, (B,), generator=g, device=DEVICE)
-    return Case(
-        row, f"B={B} T={T} D={D} {str(hidden.dtype)[6:]}", loss,
-        torch.randn(1, B, 2, generator=g, device=DEVICE).softmax(-1), hidden,
-        (torch.arange(B, device=DEVICE) * T + lengths - 1).int(),
-        torch.randn(2, D, generator=g, device=DEVICE) / D**0.5,
-        n_bytes=3 * B * D * hidden.element_size() + 3 * 2 * D * 4,
-    )  # fmt: skip
+def by_kernel(loss: str, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return conf_loss.conf_loss(z, y, loss, CONFIG.aux_coef, CONFIG.alpha, CONFIG.beta)
+
+
+def gradients(forward: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The loss, and by autograd its gradients at the inputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    loss = forward(*inputs)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), inputs)
+
+
+def head_case(B: int, loss: str) -> Case:
+    D, T, g = *((5120, 540) if GPU else (576, 32)), torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(B * T, D, generator=g, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
+    rows = (torch.arange(1, B + 1, device=DEVICE) * T - 1).int()  # last tokens
+    y = torch.randn(B, 2, generator=g, device=DEVICE).softmax(-1)
+    weight = torch.randn(2, D, generator=g, device=DEVICE) / D**0.5
+
+    def forward(h: Tensor, w: Tensor) -> Tensor:
+        return cross_entropy(loss, F.linear(h.to(w.dtype), w), y)
+
+    def eager(forward: Callable = forward) -> tuple:
+        return gradients(forward, hidden[rows.long()], weight)
+
+    def ours() -> tuple:
+        value, dz = by_kernel(loss, head_kernel.forward(hidden, rows, weight)[None], y[None])
+        return value[0], *head_kernel.backward(hidden, rows, weight, dz[0])
+
+    n_bytes = 3 * B * D * hidden.element_size() + 3 * weight.nbytes
+    return Case(f"B={B} T={T} D={D} {str(hidden.dtype)[6:]}", providers(forward, eager, ours), n_bytes)
 
 
 def heads_case(E: int, B: int, loss: str) -> Case:
     g = torch.Generator(DEVICE).manual_seed(0)
     logits, labels = (3 * torch.randn(E, B, 2, generator=g, device=DEVICE) for _ in range(2))
-    return Case("T4", f"E={E} B={B}", loss, labels.softmax(-1), logits=logits, n_bytes=3 * 4 * logits.numel())
+    labels = labels.softmax(-1)
+
+    def forward(z: Tensor) -> Tensor:
+        return cross_entropy(loss, z, labels)
+
+    def eager(forward: Callable = forward) -> tuple:
+        return gradients(forward, logits)
+
+    def ours() -> tuple:
+        return by_kernel(loss, logits, labels)
+
+    return Case(f"E={E} B={B}", providers(forward, eager, ours), 3 * logits.nbytes)
 
 
-def loss_of(case: Case, z: Tensor, y: Tensor) -> Tensor:
-    return conf_loss.cross_entropy(z, train.LOSSES[case.loss](z.detach(), y, SHARE, CONFIG))
+def providers(forward: Callable, eager: Callable, ours: Callable) -> dict[str, Callable]:
+    """Those after `eager` need a GPU."""
+    fast = torch.compile(forward, dynamic=False)
+    return {"eager": eager} | ({"compile": lambda: eager(fast), "ours": ours} if GPU else {})
 
 
-def heads_loss(case: Case, z: Tensor) -> Tensor:
-    return loss_of(case, z, case.labels)
+def finetune_case(E: int, loss: str, n: int = 512, D: int = 1536) -> Case:
+    g = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.randn(n, D, generator=g, device=DEVICE)
+    labels = list(torch.randn(E, n, 2, generator=g, device=DEVICE).softmax(-1))
+    configs = [train.TrainConfig(loss=loss, epochs=1, seed=e // 4) for e in range(E)]
+
+    def together() -> Tensor:
+        return heads.finetune_heads(x, labels, configs)
+
+    def one_by_one() -> list[Tensor]:
+        return [heads.finetune_heads(x, [y], [c]) for y, c in zip(labels, configs, strict=True)]
+
+    return Case(f"E={E} N={n} D={D}, {n // CONFIG.batch_size} steps", {"together": together, "one by one": one_by_one})
 
 
-def leaves(*tensors: Tensor | None) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors if t is not None]
+def cases(row: str, loss: str) -> Iterator[Case]:
+    """One at a time holds memory. Heads alone are run with one loss."""
+    if row in BATCHES:
+        yield head_case(BATCHES[row], loss)
+    elif row == "T4":
+        for E, B in [(E, B) for E in (1, 64, 1024) for B in (32, 4096)] if GPU else [(1, 32), (64, 32)]:
+            yield heads_case(E, B, loss)
+    elif row == "H" and loss == "logconf":
+        yield from (finetune_case(E, loss) for E in (1, 8, 32))
 
 
-def eager(case: Case, forward: Callable | None = None) -> tuple[Tensor, ...]:
-    """Loss and gradients with PyTorch's own operations: (loss, dh, dW) or, of heads, (loss, dz)."""
-    if case.logits is not None:
-        (z,) = leaves(case.logits)
-        loss = (forward or heads_loss)(case, z)
-        return loss, *torch.autograd.grad(loss.sum(), z)
-    inputs = leaves(case.flat[case.rows.long()], case.head_w)
-    loss = (forward or head_loss)(case, *inputs)
-    return loss, *torch.autograd.grad(loss, inputs)
-
-
-def head_loss(case: Case, h: Tensor, head_w: Tensor) -> Tensor:
-    logits = torch.nn.functional.linear(h.to(torch.promote_types(h.dtype, torch.float32)), head_w)
-    return loss_of(case, logits, case.labels[0].to(head_w.dtype))
-
-
-def loop(case: Case) -> tuple[Tensor, ...]:
-    """T4 as one head after the other."""
-    done = []
-    for z, y in zip(case.logits, case.labels, strict=True):
-        (z,) = leaves(z)
-        loss = loss_of(case, z, y)
-        done.append((loss, *torch.autograd.grad(loss, z)))
-    return tuple(map(torch.stack, zip(*done, strict=True)))
-
-
-def openai(case: Case) -> tuple[Tensor, ...]:
-    """Last tokens picked sample by sample with lengths that lie on the device, gradient of all of `hidden`."""
-    B, T, _ = case.hidden.shape
-    lengths = case.rows - torch.arange(B, device=DEVICE) * T
-    hidden, head_w = leaves(case.hidden, case.head_w)
-    last = torch.stack([hidden[i, lengths[i]] for i in range(B)])
-    loss = loss_of(case, torch.nn.functional.linear(last.float(), head_w), case.labels[0])
-    return loss, *torch.autograd.grad(loss, (hidden, head_w))
-
-
-def compiled(case: Case) -> Callable[[], tuple[Tensor, ...]]:
-    torch.compiler.reset()
-    forward = torch.compile(heads_loss if case.logits is not None else head_loss, dynamic=False)
-    return lambda: eager(case, forward)
-
-
-def ours(case: Case) -> tuple[Tensor, ...]:
-    """Three launches: head, loss with its gradient, head's gradient; of heads one."""
-
-    def loss(z: Tensor) -> tuple[Tensor, Tensor]:
-        return conf_loss.conf_loss(z, case.labels, case.loss, CONFIG.aux_coef, CONFIG.alpha, CONFIG.beta)
-
-    if case.logits is not None:
-        return loss(case.logits)
-    value, g = loss(head_kernel.forward(case.flat, case.rows, case.head_w)[None])
-    return value[0], *head_kernel.backward(case.flat, case.rows, case.head_w, g[0])
-
-
-def captured(step: Callable[[], tuple]) -> Callable[[], tuple]:
-    """The same step as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
-    return lambda: graph.replay() or outputs
-
-
-def providers(case: Case) -> dict[str, Callable[[], Callable[[], tuple]]]:
-    """Name -> constructor of the step. Those after `openai` need a GPU."""
-    made = {"eager": lambda: lambda: eager(case)}
-    heads, B = case.logits is not None, case.labels.shape[1]
-    if heads and len(case.labels) <= 64:
-        made["eager loop"] = lambda: lambda: loop(case)
-    if not heads and B <= 256:
-        made["openai"] = lambda: lambda: openai(case)
-    if GPU:
-        made |= {
-            "compile": lambda: compiled(case),
-            "compile + graph": lambda: captured(compiled(case)),
-            "ours": lambda: lambda: ours(case),
-            "ours + graph": lambda: captured(lambda: ours(case)),
-        }
-    return made
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want).norm() / want.norm()).item()
-
-
-def errors(case: Case, outputs: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Worst relative error of loss and weight gradients, and that of dh (of heads: dz), against float64."""
-    wide = dataclasses.replace(
-        case,
-        hidden=None if case.hidden is None else case.flat[case.rows.long()].double(),
-        rows=None if case.rows is None else torch.arange(len(case.rows), device=DEVICE),
-        **{n: None if getattr(case, n) is None else getattr(case, n).double() for n in ("head_w", "logits", "labels")},
-    )  # fmt: skip
-    want = eager(wide)
-    loss, dh, *weights = outputs
-    if dh.shape != want[1].shape:
-        dh = dh.flatten(0, -2)[case.rows.long()]
-    pairs = zip((loss, *weights), (want[0], *want[2:]), strict=True)
-    return max(relative_error(a, b) for a, b in pairs), relative_error(dh, want[1])
-
-
-def synchronise() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-def wall_ms(step: Callable, seconds: float) -> list[float]:
-    """Milliseconds of at least 5 calls after 3 unmeasured ones, for about `seconds`."""
-    for _ in range(3):
-        step()
-    times, stop = [], time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < stop:
-        synchronise()
-        start = time.perf_counter()
-        step()
-        synchronise()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def cold_ms(step: Callable) -> float:
-    """Median GPU time with the L2 cache overwritten before every call."""
-    flush, times = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE), []
-    for _ in range(30):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def launches(step: Callable) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        synchronise()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
-
-
-def spread(times: list[float]) -> dict[str, float]:
-    ordered = sorted(times)
-    return {f"p{p}_ms": ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in (50, 20, 80)}
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy, measured here."""
-    source = torch.empty((1 << 30) if GPU else (1 << 26), dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (statistics.median(wall_ms(lambda: target.copy_(source), 0.5)) / 1e3)
-
-
-def measured_rows(args: Args):
+def measured_rows(args: Args) -> Iterator[dict]:
     """One row per case and provider."""
     bandwidth = copy_bandwidth()
-    print0(f"copy: {bandwidth / 1e9:.0f} GB/s read and written")
-    for make in cases(args.rows):
-        case = make()
-        floor = 1e3 * case.n_bytes / bandwidth
-        for name, build in providers(case).items():
-            step = build()
-            row = dict.fromkeys(COLUMNS) | {"row": case.row, "shape": case.shape, "loss": case.loss, "provider": name}
-            row |= spread(wall_ms(step, args.seconds))
-            row["error"], row["error_dh"] = errors(case, step())
-            if GPU:
-                synchronise()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                step()
-                row["above_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-                row["cold_ms"], row["launches"] = cold_ms(step), launches(step)
-            yield row | {"floor_ms": floor, "floors": row["p50_ms"] / floor}
-
-
-# ---- the table ----
-
-
-def absent():
-    """What is not measured here, as rows with a note."""
-    for name, module in (("Liger", "liger_kernel"), ("CCE", "cut_cross_entropy")):
-        state = "installed" if importlib.util.find_spec(module) else "not installed"
-        yield (
-            f"{name} ({state})",
-            "T",
-            "not applicable: rows of a large vocabulary and hard labels, no soft labels of 2 classes, no quantile",
-        )
-    if not GPU:
-        yield (
-            "compile, ours, each + graph",
-            "T",
-            "needs a GPU, and so do T2, T3 and the full sizes of T1 and T4",
-        )
-
-
-def shown(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def write_rows(rows: Iterable[dict], path: str) -> None:
-    """Print each row as it comes and write it to `path`, if it is named, with device, commit and versions."""
-    here = provenance()
-    here = {"device": here["device"], "commit": here["commit"]} | {
-        k: here["versions"][k] for k in ("torch", "triton", "transformers")
-    }
-    print0(", ".join(f"{k} {v}" for k, v in here.items()))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*COLUMNS, *here], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: shown(v) for k, v in (row | here).items()})
-        if path:
-            write_text(Path(path), text.getvalue())
-        if row["note"]:
-            print0(f"{row['row']} | {row['provider']} | {row['note']}")
-            continue
-        measured = [f"{c} {shown(row[c])}" for c in COLUMNS[4:] if row[c] is not None]
-        print0(" | ".join([*(str(row[c]) for c in COLUMNS[:4]), *measured]))
-    if path:
-        print0(f"wrote {path}")
+    for loss, name in [(loss, name) for loss in conf_loss.MODES for name in args.rows]:
+        for shape, steps, n_bytes in cases(name, loss):
+            torch.compiler.reset()
+            floor = 1e3 * n_bytes / bandwidth
+            for provider, step in steps.items():
+                row = {"row": name, "shape": shape, "loss": loss, "provider": provider}
+                row |= spread(wall_ms(step, args.seconds)) | dict.fromkeys(("cold_ms", "graph_ms", "launches"))
+                if GPU:
+                    row["cold_ms"] = triton.testing.do_bench(step, return_mode="median")
+                    row["launches"] = launched(profiled(step))
+                if GPU and name != "H":  # whose steps upload their order, which a graph cannot
+                    row["graph_ms"] = triton.testing.do_bench_cudagraph(step, return_mode="median")
+                yield row | {"floor_ms": floor or None, "floors": row["p50_ms"] / floor if floor else None}
 
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "bench.kernels", __doc__)
-    notes = (dict.fromkeys(COLUMNS) | {"row": r, "provider": p, "note": n} for p, r, n in absent())
-    write_rows((row for rows in (measured_rows(args), notes) for row in rows), args.csv)
+    write_rows(measured_rows(args), args.csv)
 
 
 if __name__ == "__main__":

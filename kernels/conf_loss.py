@@ -9,11 +9,10 @@ Each is the mean cross-entropy to a target t that carries no gradient; with p = 
     logconf  t = (1 - c) y + c h, for K = 2; h is class 0 where p_0 >= threshold, class 1 elsewhere, and the threshold is
              the quantile of p_0 over the batch at q = mean_b y_b1, so that h has the classes as often as y
 
-p_0 is float64 here, in the reference and in the kernel: in float32 it ties at 1. The kernel finds the order statistic
-below the quantile exactly: 32 count-and-halve steps on the bits of the float32 margins z_0 - z_1, which order as p_0
-does, then, among the samples of that one margin, one step for each value of p_0 up to it (nearly always one value). Reference
-and kernel differ in what is hardened only where the last bit of exp, or of the sum of the labels, decides. train.py's
-LOSSES says which target each loss has. Shapes: E heads, B samples, K classes.
+p_0 is float64, in the reference and in the kernel: in float32 it ties at 1. The kernel finds the order statistic below the
+quantile exactly: 32 count-and-halve steps on the bits of the float32 margins z_0 - z_1, which order as p_0 does, then, among
+the samples of that one margin, a step per value of p_0 up to it. Both harden the same samples, unless the last bit of exp or
+of the sum of the labels decides. Shapes: E heads, B samples, K classes.
 """
 
 import torch
@@ -32,14 +31,13 @@ TINY = torch.finfo(torch.float32).min / 4  # stands for log 0: alpha times it is
 def conf_loss(
     logits: Tensor, labels: Tensor, mode: str, coef: float = 0.0, alpha: float = 1.0, beta: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Loss [E] and its gradient at the logits [E, B, K], float32 and without autograd history, by the Triton kernel.
+    """Loss [E] and its gradient at the logits [E, B, K], float32, by the Triton kernel; labels are [E or 1, B, K].
 
-    logits [E, B, K]; labels [E or 1, B, K]; `mode` one of MODES; coef: c of the logconf target. Raises ValueError on K != 2
-    for logconf, InputError on more than MAX_ROWS samples for it.
+    `mode` is one of MODES, coef the c of logconf. That raises ValueError on K != 2, InputError on more than MAX_ROWS samples.
     """
     E, B, K = logits.shape
-    if mode == "logconf" and K != 2:
-        raise ValueError(f"logconf needs two classes, got K={K}")
+    if mode == "logconf":
+        check_two_classes(K)
     if mode == "logconf" and B > MAX_ROWS:
         raise InputError(f"{B} samples: the logconf kernel takes at most {MAX_ROWS}; choose kernels 'reference'")
     logits, labels = logits.detach().float().contiguous(), labels.float().contiguous()
@@ -68,10 +66,14 @@ def product_target(logits: Tensor, labels: Tensor, alpha: float, beta: float) ->
 
 def logconf_target(logits: Tensor, labels: Tensor, coef: float) -> Tensor:
     """(1 - c) y + c h, with h the prediction hardened at the quantile: [..., B, 2]. Raises ValueError on another K."""
-    if logits.shape[-1] != 2:
-        raise ValueError(f"logconf needs two classes, got K={logits.shape[-1]}")
+    check_two_classes(logits.shape[-1])
     h = F.one_hot((~hardened_to_0(logits, labels)).long(), 2).to(labels)
     return (1 - coef) * labels + coef * h
+
+
+def check_two_classes(n_classes: int) -> None:
+    if n_classes != 2:
+        raise ValueError(f"logconf needs two classes, got K={n_classes}")
 
 
 def hardened_to_0(logits: Tensor, labels: Tensor) -> Tensor:
@@ -131,18 +133,6 @@ def select_quantile(p, margin, inside, q, n_rows):
 
 
 @triton.jit
-def hardening_threshold(z_ptr, y_ptr, n_rows, ROWS: tl.constexpr):
-    """The quantile of p_0 at q = mean y_1 over one head's samples, float64."""
-    b = tl.arange(0, ROWS)
-    inside = b < n_rows
-    z0 = tl.load(z_ptr + 2 * b, mask=inside, other=0.0)
-    z1 = tl.load(z_ptr + 2 * b + 1, mask=inside, other=0.0)
-    q = tl.sum(tl.load(y_ptr + 2 * b + 1, mask=inside, other=0.0).to(tl.float64), 0) / n_rows
-    q = tl.minimum(tl.maximum(q, 0.0), 1.0)
-    return select_quantile(float64_p0(z0, z1), z0 - z1, inside, q, n_rows)
-
-
-@triton.jit
 def loss_kernel(
     z_ptr, y_ptr, loss_ptr, dz_ptr,  # [E, B, K], [E or 1, B, K], [E], [E, B, K]
     n_rows, n_classes: tl.constexpr, y_stride, coef, alpha, beta, tiny, MODE: tl.constexpr,
@@ -153,8 +143,14 @@ def loss_kernel(
     z_ptr += e * n_rows * n_classes
     dz_ptr += e * n_rows * n_classes
     y_ptr += e * y_stride
-    if MODE == 2:
-        threshold = hardening_threshold(z_ptr, y_ptr, n_rows, ROWS)
+    if MODE == 2:  # the quantile of p_0 at q = mean y_1 over the head's samples
+        s = tl.arange(0, ROWS)
+        inside = s < n_rows
+        z0 = tl.load(z_ptr + 2 * s, mask=inside, other=0.0)
+        z1 = tl.load(z_ptr + 2 * s + 1, mask=inside, other=0.0)
+        q = tl.sum(tl.load(y_ptr + 2 * s + 1, mask=inside, other=0.0).to(tl.float64), 0) / n_rows
+        q = tl.minimum(tl.maximum(q, 0.0), 1.0)
+        threshold = select_quantile(float64_p0(z0, z1), z0 - z1, inside, q, n_rows)
     k = tl.arange(0, BLOCK_K)[None, :]
     loss = tl.full([BLOCK_B], 0.0, tl.float32)
     for start in range(0, n_rows, BLOCK_B):

@@ -21,17 +21,14 @@ SPLIT_ROWS = 512  # more samples than this are split among programs, whose sums 
 
 
 def head(hidden: Tensor, rows: Tensor, weight: Tensor, kernels: str) -> Tensor:
-    """Class logits [B, K], float32, differentiable in `hidden` and `weight`.
+    """Class logits [B, K], float32, of rows [B], each named once, of hidden [N, D]; differentiable in it and weight [K, D].
 
-    hidden [N, D]; rows [B], each named once; weight [K, D]. Raises InputError where `kernels` is not one of auto, triton,
-    reference, or cannot run.
+    Raises InputError where `kernels` is not one of CHOICES, or cannot run.
     """
     if resolve(kernels) == "reference":
         return reference(hidden, rows, weight)
-    if len(weight) > MAX_CLASSES:
-        raise InputError(
-            f"{len(weight)} classes: the head kernel takes at most {MAX_CLASSES}; choose kernels 'reference'"
-        )
+    if (K := len(weight)) > MAX_CLASSES:
+        raise InputError(f"{K} classes: the head kernel takes at most {MAX_CLASSES}; choose kernels 'reference'")
     return Head.apply(hidden, rows, weight)
 
 

@@ -30,42 +30,31 @@ def both_coins(formatter, row) -> dict[int, set[str]]:
 # ---- formatters ----
 
 
-def test_sciq_shows_the_answer_or_a_distractor():
-    row = dict(
-        question="What do bees make?", correct_answer="honey", distractor1="silk", distractor2="wax", distractor3="ink"
-    )
-    texts = both_coins(p.sciq, row | {"support": "s"})
-    assert texts[1] == {"Q: What do bees make? A: honey"}
-    assert texts[0] == {f"Q: What do bees make? A: {wrong}" for wrong in ("silk", "wax", "ink")}
-    labels = [p.sciq(row, Random(seed))[1] for seed in range(2000)]
-    assert 900 < sum(labels) < 1100
+SCIQ = dict(
+    question="What do bees make?", correct_answer="honey", distractor1="silk", distractor2="wax", distractor3="ink"
+)
+BOOLQ = {"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True}
+BOOLQ_TEXT = "Passage: Ice is frozen water.\nQuestion: is ice cold"
+NONE = "None of the above choices ."
+COSMOS = dict(context="c", question="q ?", answer0="a .", answer1="b .", answer2="c .", answer3=NONE, label=1)
+HH = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"}
+FORMATTED = [  # of the second cosmos_qa row NONE is the truth, which is never shown
+    (p.sciq, SCIQ | {"support": "s"}, ["honey"], ["silk", "wax", "ink"], "Q: What do bees make? A: "),
+    (p.boolq, BOOLQ, [BOOLQ_TEXT], [], ""),
+    (p.boolq, BOOLQ | {"answer": False}, [], [BOOLQ_TEXT], ""),
+    (p.cosmos_qa, COSMOS, ["b ."], ["a .", "c .", NONE], "Context: c\nQuestion: q ?\nAnswer: "),
+    (p.cosmos_qa, COSMOS | {"label": 3}, [], ["a .", "b .", "c ."], "Context: c\nQuestion: q ?\nAnswer: "),
+    (p.anthropic_hh, HH, [HH["chosen"]], [HH["rejected"]], ""),
+]
 
 
-def test_boolq_keeps_its_answer():
-    row = {"question": "is ice cold", "passage": "Ice is frozen water.", "answer": True}
-    text = "Passage: Ice is frozen water.\nQuestion: is ice cold"
-    assert both_coins(p.boolq, row) == {1: {text}, 0: set()}
-    assert both_coins(p.boolq, row | {"answer": False}) == {0: {text}, 1: set()}
+@pytest.mark.parametrize("formatter, row, true, false, start", FORMATTED)
+def test_a_formatter_shows_the_truth_or_another_answer(formatter, row, true, false, start):
+    assert both_coins(formatter, row) == {1: {start + t for t in true}, 0: {start + t for t in false}}
 
 
-COSMOS = {"context": "c", "question": "q ?", "answer0": "a .", "answer1": "b .", "answer2": "c .", "label": 1}
-
-
-def test_cosmos_qa_shows_the_answer_or_another():
-    texts = both_coins(p.cosmos_qa, COSMOS | {"answer3": "None of the above choices ."})
-    head = "Context: c\nQuestion: q ?\nAnswer: "
-    assert texts == {1: {head + "b ."}, 0: {head + a for a in ("a .", "c .", "None of the above choices .")}}
-
-
-def test_cosmos_qa_never_shows_none_of_the_above_as_the_truth():
-    row = COSMOS | {"answer3": "None of the above choices .", "label": 3}
-    texts = both_coins(p.cosmos_qa, row)
-    assert texts == {1: set(), 0: {f"Context: c\nQuestion: q ?\nAnswer: {a}" for a in ("a .", "b .", "c .")}}
-
-
-def test_anthropic_hh_shows_the_chosen_or_the_rejected_reply():
-    row = {"chosen": "\n\nHuman: hi\n\nAssistant: hello", "rejected": "\n\nHuman: hi\n\nAssistant: go away"}
-    assert both_coins(p.anthropic_hh, row) == {1: {row["chosen"]}, 0: {row["rejected"]}}
+def test_the_coin_is_fair():
+    assert 900 < sum(p.sciq(SCIQ, Random(seed))[1] for seed in range(2000)) < 1100
 
 
 # ---- samples and splits ----
@@ -104,9 +93,8 @@ def test_halves_are_disjoint_balanced_and_shuffled(task, tmp_path):
     assert abs(len(parts["train_a"]) - len(parts["train_b"])) <= 1
     assert len(parts["train_a"] + parts["train_b"]) == counts["train"]["kept"] == 40 and len(parts["test"]) == 24
     source, fields = read_jsonl(TINY / task / "train.jsonl"), p.TASKS[task].key
-    places = [
-        next(i for i, row in enumerate(source) if any(row[f] in r["text"] for f in fields)) for r in parts["train_a"]
-    ]
+    texts = [r["text"] for r in parts["train_a"]]
+    places = [next(i for i, row in enumerate(source) if any(row[f] in t for f in fields)) for t in texts]
     assert places != sorted(places) and max(places) > 30
 
 
@@ -133,23 +121,19 @@ def test_duplicates_are_removed_and_counted(tmp_path):
     asked = Counter(" ".join(r["text"].lower().split("?")[0].split()) for rows in parts.values() for r in rows)
     assert len(asked) == 25 and set(asked.values()) == {1}
     assert len(parts["test"]) == 7 and len(parts["train_a"] + parts["train_b"]) == 18
-    assert (
-        counts["train"]["duplicate"] == 2 and counts["train"]["also_in_test"] == 2 and counts["test"]["duplicate"] == 0
-    )
-    assert (counts["train"]["rows"], counts["train"]["kept"]) == (22, 18)
+    wanted = {"rows": 22, "duplicate": 2, "also_in_test": 2, "kept": 18}
+    assert counts["train"] | wanted == counts["train"] and counts["test"]["duplicate"] == 0
     assert json.loads((tmp_path / "data/counts.json").read_text()) == counts
     for split in ("train", "test"):  # which one of the rows that ask the same stays is not a matter of their order
-        write_jsonl(
-            tmp_path / "back/sciq" / f"{split}.jsonl", read_jsonl(tmp_path / "source/sciq" / f"{split}.jsonl")[::-1]
-        )
+        rows = read_jsonl(tmp_path / "source/sciq" / f"{split}.jsonl")
+        write_jsonl(tmp_path / "back/sciq" / f"{split}.jsonl", rows[::-1])
     p.prepare("sciq", tmp_path / "again", tmp_path / "back")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "data")
 
 
 def test_incomplete_rows_are_dropped_and_counted(tmp_path):
-    write_jsonl(
-        tmp_path / "source/sciq/train.jsonl", [question(i, distractor2=None if i < 3 else "no") for i in range(10)]
-    )
+    rows = [question(i, distractor2=None if i < 3 else "no") for i in range(10)]
+    write_jsonl(tmp_path / "source/sciq/train.jsonl", rows)
     write_jsonl(tmp_path / "source/sciq/test.jsonl", [question(i) for i in range(20, 25)])
     counts, parts = prepared("sciq", tmp_path / "data", tmp_path / "source")
     assert counts["train"]["incomplete"] == 3 and len(parts["train_a"] + parts["train_b"]) == 7
@@ -193,11 +177,8 @@ def test_mixed_hh_draws_from_the_whole_split(tmp_path, monkeypatch):
     monkeypatch.setattr(p, "TRAIN_CAP", 20)
     _, head = prepared("anthropic_hh", tmp_path / "a", TINY)
     _, mixed = prepared("anthropic_hh_mixed", tmp_path / "b", TINY)
-    source = {
-        row["chosen" if k else "rejected"]: i
-        for i, row in enumerate(read_jsonl(TINY / "anthropic_hh/train.jsonl"))
-        for k in (0, 1)
-    }
+    rows = read_jsonl(TINY / "anthropic_hh/train.jsonl")
+    source = {row[reply]: i for i, row in enumerate(rows) for reply in ("chosen", "rejected")}
     places = [[source[r["text"]] for r in parts["train_a"] + parts["train_b"]] for parts in (head, mixed)]
     assert max(places[0]) < 20 < 30 < max(places[1]) and len(places[1]) > 15
 
@@ -207,9 +188,7 @@ def test_gold_labels_of_train_b_are_in_no_other_file(task, tmp_path):
     _, parts = prepared(task, tmp_path / "data", TINY)
     gold = read_jsonl(tmp_path / "data/train_b.gold.jsonl")
     assert [r["id"] for r in gold] == [r["id"] for r in parts["train_b"]]
-    assert (
-        all(r.keys() == {"id", "label"} and r["label"] in (0, 1) for r in gold) and len({r["label"] for r in gold}) == 2
-    )
+    assert all(r.keys() == {"id", "label"} for r in gold) and {r["label"] for r in gold} == {0, 1}
     assert all(r.keys() == {"id", "text"} for r in parts["train_b"])
     assert all(r.keys() == {"id", "text", "label"} for part in ("train_a", "test") for r in parts[part])
     ids = [r["id"] for r in gold]
@@ -220,33 +199,26 @@ def test_gold_labels_of_train_b_are_in_no_other_file(task, tmp_path):
 # ---- fact tables ----
 
 
-@pytest.mark.parametrize("task", ["facts", "places"])
-def test_entities_of_the_parts_are_disjoint(task, tmp_path):
-    _, parts = prepared(task, tmp_path / "data", None)
-    entity_of = {}
+def tables_of(task):
+    """Of each table: its template of a question, and its pairs of entity and answer."""
     for path in p.fact_tables(task):
         header, *lines = path.read_text().splitlines()
-        template = header.split("\t")[0]
-        for line in lines:
-            entity = line.split("\t")[0]
-            entity_of[template.removeprefix("# ").replace("{}", entity)] = entity
-    entities = {x: {entity_of[r["text"][3:].rpartition(" A: ")[0]] for r in parts[x]} for x in PARTS}
-    assert min(map(len, entities.values())) >= 50
-    for x, y in (("train_a", "train_b"), ("train_a", "test"), ("train_b", "test")):
-        assert entities[x] & entities[y] == set()
+        yield header.removeprefix("# ").split("\t")[0], [line.split("\t") for line in lines]
 
 
-def test_no_fact_of_one_part_stands_in_another_the_other_way_round(tmp_path):
-    _, parts = prepared("facts", tmp_path / "data", None)
+@pytest.mark.parametrize("task", ["facts", "places"])
+def test_entities_of_the_parts_are_disjoint_also_the_other_way_round(task, tmp_path):
+    _, parts = prepared(task, tmp_path / "data", None)
     part_of = {r["text"][3:].rpartition(" A: ")[0]: x for x in PARTS for r in parts[x]}
-    for path in p.fact_tables("facts"):
-        header, *lines = path.read_text().splitlines()
-        template = header.split("\t")[0]
-        pairs = [line.split("\t") for line in lines]
+    found = {x: set() for x in PARTS}
+    for template, pairs in tables_of(task):
         for entity, answer in pairs:
+            part = part_of[template.replace("{}", entity)]
+            found[part].add(entity)
             if [answer, entity] in pairs:  # as in "the opposite of hot is cold"
-                both = {part_of[template.removeprefix("# ").replace("{}", x)] for x in (entity, answer)}
-                assert len(both) == 1, (path.stem, entity, answer, both)
+                assert part_of[template.replace("{}", answer)] == part, (template, entity, answer)
+    assert min(map(len, found.values())) >= 50
+    assert sum(map(len, found.values())) == len(set.union(*found.values()))
 
 
 def test_there_are_enough_facts_and_no_distractor_is_the_answer():
@@ -291,9 +263,7 @@ def test_evidence_lies_in_files_of_its_own_and_in_no_text(task, tmp_path):
         samples, evidence = (read_jsonl(tmp_path / f"with/{part}{x}.jsonl") for x in ("", ".evidence"))
         assert [r["id"] for r in samples] == [r["id"] for r in evidence] and all(r["evidence"] for r in evidence)
         assert not any(e["evidence"] in r["text"] for e, r in zip(evidence, samples, strict=True))
-    if (
-        counts["train"]["no_evidence"] == counts["test"]["no_evidence"] == 0
-    ):  # the same questions, candidates and halves
+    if not counts["train"]["no_evidence"] + counts["test"]["no_evidence"]:  # the same questions, candidates and halves
         ids = [[r["id"] for r in read_jsonl(tmp_path / f"{x}/train_a.jsonl")] for x in ("with", "without")]
         assert ids[0] == ids[1]
 
@@ -326,53 +296,26 @@ def test_gz_reads_like_jsonl(tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    source = copy_of_tiny(tmp_path)
-    (source / "sciq/train.jsonl").unlink()
-    with pytest.raises(InputError, match=r"sciq/train\.jsonl"):
-        p.prepare("sciq", tmp_path / "data", source)
-
-
-def test_a_missing_field_is_named(tmp_path):
-    source = copy_of_tiny(tmp_path)
-    rows = read_jsonl(source / "sciq/train.jsonl")
-    del rows[7]["distractor2"]
-    write_jsonl(source / "sciq/train.jsonl", rows)
-    with pytest.raises(InputError, match="sciq.*'distractor2'"):
-        p.prepare("sciq", tmp_path / "data", source)
-
-
-@pytest.mark.parametrize("broken", ['{"question": "cut of', "[1, 2]", "7", '"text"'])
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_broken_line_is_named(tmp_path, broken, packed):
-    source = copy_of_tiny(tmp_path)
-    path = source / "sciq/train.jsonl"
-    text = path.read_text() + broken + "\n"
-    if packed:
-        path.unlink()
-        path = path.with_name("train.jsonl.gz")
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-    with pytest.raises(InputError, match=r"sciq/train\.jsonl(\.gz)?:41: "):
-        p.prepare("sciq", tmp_path / "data", source)
-
-
+TRAIN = (TINY / "sciq/train.jsonl").read_bytes()  # 40 rows
 WHOLE = gzip.compress(b"".join(b'{"a": %d}\n' % i for i in range(99)), mtime=0)
-DAMAGED = {"no gzip": b"text", "cut off": WHOLE[:-20], "wrong inside": WHOLE[:30] + b"\xff" * 30 + WHOLE[60:]}
+LINES = [b'{"question": "cut of', b"[1, 2]", b"7", b'"text"']
+BAD = [  # file, content, what is said
+    ("other.jsonl", TRAIN, r"sciq/train\.jsonl"),
+    ("train.jsonl", TRAIN.replace(b'"distractor2"', b'"distractor9"', 1), "sciq.*'distractor2'"),
+    *(("train.jsonl", TRAIN + line, r"sciq/train\.jsonl:41: ") for line in LINES),
+    *(("train.jsonl.gz", gzip.compress(TRAIN + line), r"sciq/train\.jsonl\.gz:41: ") for line in LINES),
+    ("train.jsonl.gz", b"text", r"sciq/train\.jsonl\.gz"),
+    ("train.jsonl.gz", WHOLE[:-20], r"sciq/train\.jsonl\.gz"),
+    ("train.jsonl.gz", WHOLE[:30] + b"\xff" * 30 + WHOLE[60:], r"sciq/train\.jsonl\.gz"),
+    ("train.jsonl.gz", gzip.compress(b"\xff\xfe"), r"sciq/train\.jsonl\.gz"),
+    ("train.jsonl", json.dumps(question(1)).encode(), "no sample left in train_a"),
+]
 
 
-@pytest.mark.parametrize("content", [*DAMAGED.values(), gzip.compress(b"\xff\xfe")], ids=[*DAMAGED, "not UTF-8"])
-def test_a_damaged_gz_is_named(tmp_path, content):
+@pytest.mark.parametrize("file, content, told", BAD)
+def test_a_bad_file_is_named(file, content, told, tmp_path):
     source = copy_of_tiny(tmp_path)
     (source / "sciq/train.jsonl").unlink()
-    (source / "sciq/train.jsonl.gz").write_bytes(content)
-    with pytest.raises(InputError, match=r"sciq/train\.jsonl\.gz"):
-        p.prepare("sciq", tmp_path / "data", source)
-
-
-def test_an_empty_part_is_refused(tmp_path):
-    source = copy_of_tiny(tmp_path)
-    write_jsonl(source / "sciq/train.jsonl", [question(1)])
-    with pytest.raises(InputError, match="no sample left in train_a"):
+    (source / "sciq" / file).write_bytes(content)
+    with pytest.raises(InputError, match=told):
         p.prepare("sciq", tmp_path / "data", source)

@@ -8,6 +8,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ import triton.language as tl
 from conftest import ROOT
 from torch.testing import assert_close
 
-import common
+import plan
 import train
+from bench import debates, measure, steps
 from bench import kernels as bench
-from bench import steps
-from common import InputError
+from common import InputError, write_jsonl
+from generate import DebateConfig, Debater
 from kernels import conf_loss, head, resolve
 from model import Classifier, ModelSpec, device
 
@@ -59,23 +61,15 @@ def assert_accurate(got, want, scale=None):
 # ---- head ----
 
 # B: 513 and 1030 are split among programs, with a rest; D: 5120 is more than one block of the forward, 576 of the backward
-HEADS = [
-    (1, 64, 2, torch.float32),
-    (2, 5120, 3, torch.bfloat16),
-    (31, 576, 2, torch.float32),
-    (31, 64, 8, torch.bfloat16),
-    (32, 5120, 2, torch.float32),
-    (289, 64, 2, torch.bfloat16),
-    (513, 64, 3, torch.float32),
-    (1030, 64, 2, torch.float32),
-]
+HEADS = [(1, 64, 2, "float32"), (2, 5120, 3, "bfloat16"), (31, 576, 2, "float32"), (31, 64, 8, "bfloat16"),
+         (32, 5120, 2, "float32"), (289, 64, 2, "bfloat16"), (513, 64, 3, "float32"), (1030, 64, 2, "float32")]  # fmt: skip
 
 
 @pytest.mark.parametrize("B, D, K, dtype", HEADS)
 def test_head_and_its_gradients_are_those_of_float64(B, D, K, dtype):
     N = B + 7
     rows = torch.randperm(N, generator=torch.Generator().manual_seed(1))[:B].int().to(DEVICE)
-    hidden, weight, g = randn(N, D).to(dtype), randn(K, D, seed=3), randn(B, K, seed=4)
+    hidden, weight, g = randn(N, D).to(getattr(torch, dtype)), randn(K, D, seed=3), randn(B, K, seed=4)
     inputs = [x.requires_grad_() for x in (hidden, weight)]
     doubles = [x.detach().double().requires_grad_() for x in inputs]
 
@@ -130,10 +124,8 @@ def test_train_gives_the_same_loss_with_either(mode):
     (z,), (y,) = random_batch(1, 32, 2)
     config = train.TrainConfig(loss=mode, alpha=1.5, beta=0.5)
     for step_frac in (0.05, 0.8):
-        loss, gradient = train.loss_and_gradient(z, y, step_frac, config, "reference")
-        kernel_loss, kernel_gradient = train.loss_and_gradient(z, y, step_frac, config, "triton")
-        assert_close(kernel_loss, loss, atol=1e-6, rtol=1e-6)
-        assert_close(kernel_gradient, gradient, atol=1e-7, rtol=1e-6)
+        got, want = (train.loss_and_gradient(z, y, step_frac, config, k) for k in ("triton", "reference"))
+        assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
 # ---- the quantile ----
@@ -150,22 +142,17 @@ def quantile_kernel(p_ptr, margin_ptr, q_ptr, n_ptr, out_ptr, ROWS: tl.constexpr
 
 
 def logits_of(kind, n, generator):
-    def uniform(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    return {
-        "ordinary": lambda: 6 * uniform(n, 2) - 3,
-        "all equal": lambda: torch.zeros(n, 2, dtype=torch.float64),
-        "ties": lambda: (4 * uniform(n, 2)).floor() / 2,
-        "bfloat16": lambda: (uniform(n, 2) - 0.5).bfloat16().double(),
-        "zeros and ones": lambda: torch.where(uniform(n, 1) < 0.5, 800.0, -800.0) * torch.tensor([[1.0, -1.0]]),
-        "saturated": lambda: 120 * uniform(n, 2) - 60,
-        "one float32 margin": lambda: 5.0 + 1e-9 * uniform(n, 1) * torch.tensor([[1.0, 0.0]]),
-        "extreme": lambda: torch.tensor([3e38, -3e38, 0.0, 1e-38])[(4 * uniform(n, 2)).long()].double(),
-    }[kind]()
-
-
-KINDS = ("ordinary", "all equal", "ties", "bfloat16", "zeros and ones", "saturated", "one float32 margin", "extreme")
+    u = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    return [
+        6 * u - 3,
+        torch.zeros_like(u),  # all equal
+        (4 * u).floor() / 2,  # ties
+        (u - 0.5).bfloat16().double(),
+        torch.where(u[:, :1] < 0.5, 800.0, -800.0) * torch.tensor([[1.0, -1.0]]),  # zeros and ones
+        120 * u - 60,  # saturated
+        5.0 + 1e-9 * u[:, :1] * torch.tensor([[1.0, 0.0]]),  # one float32 margin
+        torch.tensor([3e38, -3e38, 0.0, 1e-38])[(4 * u).long()].double(),
+    ][kind]
 
 
 def test_quantile_is_torchs_in_a_thousand_cases():
@@ -176,7 +163,7 @@ def test_quantile_is_torchs_in_a_thousand_cases():
     q[::7], q[1::7], n[2::7] = 0, 1, ROWS
     q[3::7] = torch.arange(len(q[3::7])) % n[3::7] / n[3::7]  # mean of hard labels
     for i in range(n_cases):
-        z = logits_of(KINDS[i % len(KINDS)], int(n[i]), generator)
+        z = logits_of(i % 8, int(n[i]), generator)
         p[i, : n[i]] = z.softmax(-1)[:, 0]
         margins[i, : n[i]] = (z[:, 0] - z[:, 1]).float()
     got = torch.empty(n_cases, dtype=torch.float64, device=DEVICE)
@@ -185,8 +172,8 @@ def test_quantile_is_torchs_in_a_thousand_cases():
     for i in range(n_cases):
         values = p[i, : n[i]]
         want = torch.quantile(values, q[i])
-        assert abs(got[i].item() - want.item()) <= 2**-52 * want.item(), KINDS[i % len(KINDS)]
-        assert torch.equal(values >= got[i].cpu(), values >= want), KINDS[i % len(KINDS)]
+        assert abs(got[i].item() - want.item()) <= 2**-52 * want.item(), f"kind {i % 8}"
+        assert torch.equal(values >= got[i].cpu(), values >= want), f"kind {i % 8}"
         assert torch.equal(conf_loss.quantile(values, q[i : i + 1])[0], want)
 
 
@@ -251,44 +238,55 @@ def test_no_kernel_spills_registers_on_sm_90():
 def test_the_loop_that_steps_are_measured_against_computes_the_same(samples):
     spec, texts = ModelSpec("random-small"), [s["text"] for s in samples]
     labels, config = train.soft_labels(samples, 2), train.TrainConfig(loss="logconf", lr=1e-2, epochs=1, batch_size=16)
-    logs = [steps.build("ours", spec).finetune(texts, labels, config)]
-    encoded = Classifier(spec, 2, torch.float32).encode(texts, config.max_tokens)[0]
-    logs += [steps.build(f"openai {n}", spec).finetune(encoded, labels, config) for n in (1, 16)]
+    logs = [steps.build(name, spec).finetune(texts, labels, config) for name in ("ours", "openai 1", "openai 16")]
     losses = torch.tensor([[row["loss"] for row in log] for log in logs])
     assert losses.shape == (3, 3) and (losses[0].diff().abs() > 1e-3).all()
     assert_close(losses[1:], losses[:1].expand(2, 3), atol=1e-4, rtol=0)
     assert [row["tokens"] for row in logs[0]] == [row["tokens"] for row in logs[1]]
 
 
-def test_peak_memory_counts_what_a_step_holds(monkeypatch):
-    """A loop that holds 64 MB more than another has a peak that much higher."""
-
-    class Holds:
-        def __init__(self, mb):
-            self.finetune = lambda: torch.ones(mb << 18, device=DEVICE).sum().item()
-
-    def above(mb):
-        monkeypatch.setattr(steps, "build", lambda provider, spec: Holds(mb))
-        return steps.peak_mb("", None, [(), ()])[1]
-
-    assert above(96) - above(32) == pytest.approx(64, abs=8)
+def test_a_profile_counts_launches_and_waits_of_one_step(samples):
+    """A run of two steps less a run of one: what is done once per run cancels, what is done per step stays."""
+    config = train.TrainConfig(epochs=1, batch_size=8)
+    texts, labels = [s["text"] for s in samples[:16]], train.soft_labels(samples[:16], 2)
+    log, peak, calls = steps.measure("ours", ModelSpec("random-small"), texts, labels, config)
+    assert len(log) == 2 and 0.05 < peak < 50
+    assert calls["CPU", "aten::embedding_dense_backward"] == 1 and ("CUDA", "") not in calls
+    on_gpu = Counter({("CUDA", "gemm"): 5, ("CUDA", "Memcpy HtoD"): 2, ("CPU", "cudaStreamSynchronize"): 3})
+    on_gpu |= {("CPU", "cudaLaunchKernel"): 5, ("CPU", "cudaDeviceSynchronize"): 1, ("CPU", "cudaEventSynchronize"): 1}
+    assert (measure.launched(on_gpu), measure.waited(on_gpu)) == (7, 4)
 
 
-def test_the_table_has_a_row_a_provider_and_says_what_it_lacks(tmp_path, monkeypatch, capsys):
-    out = str(tmp_path / "bench.csv")
-    monkeypatch.setattr(sys, "argv", ["bench", "--rows", "T1", "T4", "--seconds", "0", "--csv", out])
+def test_a_step_is_held_against_plan():
+    flops, gb = steps.planned(ModelSpec("smollm2-135m"), train.TrainConfig(), 3000, 100)
+    shape = plan.SHAPES["smollm2-135m"]
+    assert flops == 6 * 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)  # of the blocks' matrices
+    assert gb > 16 * (shape.body + shape.embeddings) / 1e9
+    assert steps.planned(ModelSpec("smollm2-135m"), train.TrainConfig(), 6000, 100)[1] > gb
+
+
+def test_the_floor_of_a_token_step_is_weights_and_cache():
+    debater = Debater(ModelSpec("random-small"), DebateConfig(dtype="float32"))
+    debater.is_end[:] = False
+    session = debater.prefill([[1] * 70], 3)
+    weights = 4 * sum(p.numel() for p in debater.model.parameters())
+    assert debates.bytes_read(debater.model, session, 70) == weights + 2 * 2 * (3 * 70 * 16) * 4  # layers, K and V
+    step, floor = debates.decode_step(debater, rows=3, columns=70, bandwidth=1e9)
+    assert step > 0 and floor == pytest.approx(1e3 * debates.bytes_read(debater.model, session, 78) / 1e9)
+    assert debater.config.max_new_tokens == DebateConfig().max_new_tokens
+
+
+def test_the_table_has_a_row_per_provider(tmp_path, monkeypatch):
+    out = tmp_path / "bench.csv"
+    monkeypatch.setattr(sys, "argv", ["bench", "--rows", "T1", "T4", "H", "--seconds", "0", "--csv", str(out)])
     bench.main()
-    rows = list(csv.DictReader(open(tmp_path / "bench.csv")))
-    measured = [r for r in rows if not r["note"]]
-    assert {"eager", "openai", "eager loop"} <= {r["provider"] for r in measured}
-    assert {r["loss"] for r in measured} == set(conf_loss.MODES) and all(r["torch"] and r["commit"] for r in rows)
-    assert all(0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) for r in measured)
-    assert all(float(r["error"]) < 1e-6 and float(r["error_dh"]) < 1e-2 for r in measured)
-    said = capsys.readouterr().out
-    assert "Liger (" in said and (DEVICE.type == "cuda" or "needs a GPU" in said)
+    rows = list(csv.DictReader(open(out)))
+    assert {r["provider"] for r in rows} >= {"eager", "together", "one by one"}
+    assert {r["loss"] for r in rows} == set(conf_loss.MODES) and all(r["torch"] and r["commit"] for r in rows)
+    assert all(0 < float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) for r in rows)
 
 
-def test_the_benchmark_refuses_too_few_samples(tmp_path, monkeypatch):
-    common.write_jsonl(tmp_path / "few.jsonl", [{"id": str(i), "text": "a"} for i in range(40)])
+def test_the_benchmark_refuses_too_few_samples(tmp_path):
+    write_jsonl(tmp_path / "few.jsonl", [{"id": str(i), "text": "a"} for i in range(40)])
     with pytest.raises(InputError, match="40 rows, 64 are needed"):
-        list(steps.step_rows(steps.Args(samples=str(tmp_path / "few.jsonl"), steps=2, rounds=1)))
+        list(steps.step_rows(steps.Args(samples=str(tmp_path / "few.jsonl"), steps=2, rounds=1), []))

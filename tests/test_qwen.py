@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from common import InputError
 from data import convert_qwen as qwen
+from data.models import made_once
 from model import ModelSpec, load_tokenizer
 
 CONFIG = dict(
@@ -25,8 +26,13 @@ WORDS = [b"th", b"he", b"the", b" the", b"in", b" in", b"\xc3\xa9"]
 
 
 def weights() -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    shapes = qwen.expected_shapes(CONFIG)
+    D, V, inner, g = 32, 480, 48, torch.Generator().manual_seed(0)
+    block = {
+        "ln_1.weight": [D], "ln_2.weight": [D], "attn.c_attn.weight": [3 * D, D], "attn.c_attn.bias": [3 * D],
+        "attn.c_proj.weight": [D, D], "mlp.w1.weight": [inner, D], "mlp.w2.weight": [inner, D], "mlp.c_proj.weight": [D, inner],
+    }  # fmt: skip
+    shapes = {f"transformer.h.{n}.{k}": s for n in range(3) for k, s in block.items()}
+    shapes |= {"transformer.wte.weight": [V, D], "transformer.ln_f.weight": [D], "lm_head.weight": [V, D]}
     return {n: torch.randn(s, generator=g, dtype=torch.float64) * (0.3 if len(s) > 1 else 1) for n, s in shapes.items()}
 
 
@@ -49,8 +55,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(source):
-    qwen.convert(source, source.parent / "converted")
-    return source.parent / "converted"
+    return made_once(source.parent / "converted", lambda folder: qwen.convert(source, folder))
 
 
 def definition(w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
@@ -118,65 +123,43 @@ def test_the_tokenizer_merges_by_rank(converted):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and "12" not in pieces(text)
 
 
-def spoiled(source, tmp_path, how):
-    folder = tmp_path / "spoiled"
-    shutil.copytree(source, folder)
+def spoil(folder, how):
     shard = folder / "model-00002-of-00003.safetensors"
     tensors = load_file(shard)
-    how(folder, shard, tensors)
-    return folder
+    attention = next(n for n in tensors if n.endswith("c_attn.weight"))
+    changed = {
+        "reshaped": {attention: tensors[attention][:-1].contiguous()},
+        "of another dtype": {n: t.float() for n, t in tensors.items()},
+        "with a stranger": {"transformer.h.9.ln_1.weight": torch.ones(32, dtype=torch.float64)},
+    }
+    if how in changed:
+        save_file(tensors | changed[how], shard)
+    elif how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "missing":
+        shard.unlink()
+    elif how == "there twice":
+        shutil.copy(shard, folder / "model-00004.safetensors")
+    elif how == "another kind":
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"no_bias": False}))
+    elif how == "no ranks":
+        (folder / "qwen.tiktoken").write_text("not base64 at all")
 
 
-def truncate(folder, shard, tensors):
-    shard.write_bytes(shard.read_bytes()[:-100])
+SPOILED = {
+    "truncated": "model-00002-of-00003.safetensors", "missing": "weights are in no shard, the first is",
+    "reshaped": "v_proj.weight has shape [31, 32], expected [32, 32]", "with a stranger": "is no weight of Qwen",
+    "of another dtype": "is torch.float32, others are torch.float64", "another kind": "no_bias is False",
+    "there twice": "is in model-00002-of-00003.safetensors too", "no ranks": "no tiktoken file",
+}  # fmt: skip
 
 
-def drop_a_shard(folder, shard, tensors):
-    shard.unlink()
-
-
-def reshape(folder, shard, tensors):
-    name = next(n for n in tensors if n.endswith("c_attn.weight"))
-    save_file(tensors | {name: tensors[name][:-1].contiguous()}, shard)
-
-
-def halve_the_precision(folder, shard, tensors):
-    save_file({n: t.float() for n, t in tensors.items()}, shard)
-
-
-def add_a_stranger(folder, shard, tensors):
-    save_file(tensors | {"transformer.h.9.ln_1.weight": torch.ones(32)}, shard)
-
-
-def copy_a_shard(folder, shard, tensors):
-    shutil.copy(shard, folder / "model-00004.safetensors")
-
-
-def change_the_kind(folder, shard, tensors):
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"no_bias": False}))
-
-
-def break_the_ranks(folder, shard, tensors):
-    (folder / "qwen.tiktoken").write_text("not base64 at all")
-
-
-@pytest.mark.parametrize(
-    "how, told",
-    [
-        (truncate, "model-00002-of-00003.safetensors"),
-        (drop_a_shard, "weights are in no shard, the first is"),
-        (reshape, "c_attn.weight has shape [95, 32], expected [96, 32]"),
-        (halve_the_precision, "is torch.float32, the shards before are torch.float64"),
-        (add_a_stranger, "transformer.h.9.ln_1.weight is no weight of Qwen"),
-        (copy_a_shard, "is in another shard too"),
-        (change_the_kind, "no_bias is False"),
-        (break_the_ranks, "no tiktoken file"),
-    ],
-)
-def test_a_wrong_checkpoint_is_refused_by_name(how, told, source, tmp_path):
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_wrong_checkpoint_is_refused_by_name(how, source, tmp_path):
+    spoil(shutil.copytree(source, tmp_path / "spoiled"), how)
     with pytest.raises(InputError) as e:
-        qwen.convert(spoiled(source, tmp_path, how), tmp_path / "out")
-    assert told in str(e.value) and "\n" not in str(e.value)
+        made_once(tmp_path / "out", lambda folder: qwen.convert(tmp_path / "spoiled", folder))
+    assert SPOILED[how] in str(e.value) and "\n" not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["spoiled"]  # nothing half-written
 
 
