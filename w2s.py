@@ -217,7 +217,7 @@ class Experiment:
         """The stage of a run: its probabilities on each part that it predicts, in predictions/<name>."""
         c, files = self.config, self.files
         read = steps.READ[run.reads]
-        parts = {run.part, *run.predicts}
+        parts = dict.fromkeys((run.part, *run.predicts))
         inputs: dict = {part: files.samples(part) for part in parts}
         if run.labels:
             inputs["labels"] = run.labels

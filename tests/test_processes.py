@@ -11,7 +11,7 @@ import torch
 from conftest import call, finish, run, start
 from test_robust import die_at
 
-from common import read_jsonl, write_jsonl
+from common import Ranks, read_jsonl, world, write_jsonl
 from generate import DebateConfig, ShardedDebater
 from stages import Stage
 
@@ -19,12 +19,12 @@ from stages import Stage
 def make_stages(folder: Path) -> None:
     rank = os.environ["RANK"]
 
-    def make(out: Path) -> dict:
+    def make(out: Path, ranks: Ranks) -> dict:
         (out / f"made{rank}").write_text("x")
         return {"tokens": 5}
 
     stages = [Stage(folder / f"shared{shared}", {}, {}, make, on_all_ranks=shared) for shared in (False, True)]
-    made = [stage.run() for stage in stages for _ in range(2)]
+    made = [stage.run(world()) for stage in stages for _ in range(2)]
     (folder / f"made{rank}.json").write_text(json.dumps(made))
 
 
@@ -86,7 +86,7 @@ def test_killed_several_times_the_debates_are_the_same_and_nothing_finished_is_r
 def sampled(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     debater = ShardedDebater.__new__(ShardedDebater)  # without a model
-    debater.config = DebateConfig(temperature=0.7)
+    debater.config, debater.ranks = DebateConfig(temperature=0.7), world()
     logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(rank))
     (folder / f"{rank}.json").write_text(json.dumps(debater.sample(logits, torch.arange(64)).tolist()))
 

@@ -92,7 +92,9 @@ def test_a_second_run_makes_nothing(smoke, status, capsys):
 
 def test_status_tells_what_runs_and_what_is_left(copied, status):
     student = copied / "sciq/predictions/strong-ours-s0"
-    (student / "manifest.json").rename(student / "started.json")
+    manifest = json.loads((student / "manifest.json").read_text())
+    (student / "started.json").write_text(json.dumps({part: manifest[part] for part in ("config", "inputs", "code")}))
+    (student / "manifest.json").unlink()
 
     def left() -> dict:
         [row] = [row for row in status(copied).values() if row["state"] != "done"]
