@@ -53,6 +53,7 @@ class Stage:
     on_all_ranks: bool = False
     group_size: int = 0
     twins: tuple[Path, ...] = ()
+    work: object = None  # what it does, for plan.py
 
     def wanted(self) -> dict:
         return {

@@ -57,6 +57,7 @@ from debate import PROTOCOLS, assign_side, judge_input, transcript_text, with_ev
 from generate import DebateConfig
 from kernels import CHOICES, conf_loss, resolve
 from model import Classifier, ModelSpec, load_tokenizer, resolve_dtype
+from sizes import GPUS
 from stages import Stage, digest, is_locked, locked, read_manifest
 from train import TrainConfig
 
@@ -146,7 +147,7 @@ PRESETS = {
     "paper": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
         transcript="last",  # "appended to each sample", as the paper words it
-        cache_tokens=30_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
+        cache_tokens=27_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
     ),
 }  # fmt: skip
 PER_TASK = {  # where a task departs from its preset
@@ -160,7 +161,7 @@ PER_TASK = {  # where a task departs from its preset
 class Config:
     """What holds for a task: flags over the preset's values for the task, over the preset's, over these defaults."""
 
-    preset: str = flag("tiny", "sizes and models", choices=tuple(PRESETS))
+    preset: str = flag("tiny", "sizes and models; auto: for `plan` only", choices=(*PRESETS, "auto"))
     tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
     methods: tuple = flag(tuple(METHODS), "rows and points of the tables and figures", choices=tuple(METHODS))
     seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
@@ -206,7 +207,8 @@ class Config:
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
     gpus: int | None = flag(None, "plan: GPUs of the run; default: those here", int)
-    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(estimate.GPUS))
+    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(GPUS))
+    measure: bool = flag(False, "plan: run one longest batch of each kind here, beside its estimate", bool)
     show_config: bool = flag(False, "print what holds for each task and where it comes from, and stop", bool)
 
     @classmethod
@@ -275,6 +277,37 @@ def show_config(given: dict, task: str) -> None:
         value = getattr(config, f.name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
         print0(f"  {f.name:24}{shown!s:60} {next((name for name, of in layers.items() if f.name in of), 'default')}")
+
+
+# ---- what stages do, for plan.py; None: next to nothing ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finetuning, or heads alone: predictions on `predicts`, parts of the data."""
+
+    name: str
+    model: ModelSpec
+    reads: str
+    turns: int
+    debate_seed: int
+    predicts: tuple[str, ...]
+    train: TrainConfig
+    heads: bool
+    keep: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Debates:
+    protocol: str
+    turns: dict[int, int]  # of each debate seed
+    model: ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot:
+    model: ModelSpec
+    evidence: bool
 
 
 # ---- stages of one task, in the paper's order ----
@@ -359,7 +392,8 @@ class Experiment:
         asked = {str(k): n for k, n in turns.items()}
         wording = {"wording": self.wording(protocol), "form": form}
         config = {"model": self.strong.identity(), **wording, **dataclasses.asdict(settings)}
-        return Stage(folder, config, inputs, make, minimum=asked, on_all_ranks=True)
+        work = Debates(protocol, turns, self.strong)
+        return Stage(folder, config, inputs, make, minimum=asked, on_all_ranks=True, work=work)
 
     def wording(self, protocol: str) -> list[str]:
         """All that a protocol's prompts say for this task, and its names for the two sides."""
@@ -399,7 +433,8 @@ class Experiment:
         wording = {"wording": self.wording("zero_shot"), "code": code(debate.zero_shot)}
         config = {"model": model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
         folder = self.folder / "predictions" / who.replace("_", "-")
-        return Stage(folder, config | wording, inputs, make, twins=self.twins(folder))
+        work = ZeroShot(model, who == "zero_shot_evidence")
+        return Stage(folder, config | wording, inputs, make, twins=self.twins(folder), work=work)
 
     def twins(self, folder: Path) -> tuple[Path, ...]:
         """The same run of the other tasks that have the same samples."""
@@ -468,6 +503,7 @@ class Experiment:
             name, reader, self.weak, self.train_config(self.weak, seed, finetune_seed), inputs, lambda: read("train_a"),
             ("train_b", "test") if floor else ("train_b",), read, keep=floor and seed == 0,
             reads=None if reads == "nothing" else [code(with_evidence)] if reads == "evidence" else [*judge, wording],
+            context=(reads, turns if debated else 0, debate_seed),
         )  # fmt: skip
 
     def label_with_ensemble(self, name: str, seed: int) -> Stage:
@@ -505,7 +541,18 @@ class Experiment:
         )  # fmt: skip
 
     def finetuning(
-        self, name, reader, model, train_config, inputs, samples, parts, read=None, keep=False, reads=None
+        self,
+        name,
+        reader,
+        model,
+        train_config,
+        inputs,
+        samples,
+        parts,
+        read=None,
+        keep=False,
+        reads=None,
+        context=("nothing", 0, 0),
     ) -> Stage:
         """Finetune `model` on `samples()` and write its probabilities on each of `parts` to predictions/<name>.
 
@@ -528,6 +575,7 @@ class Experiment:
         }
         tested = {"test": self.file("test.jsonl")} if "test" in parts else {}
         folder = self.runs / "predictions" / name
+        work = Run(name, model, *context, parts, train_config, self.config.head_only, keep)
         if self.config.head_only:
             runs = self.heads.setdefault(reader, {})
             runs[name] = (samples, train_config, parts, read)
@@ -538,7 +586,7 @@ class Experiment:
                     write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(part), probs[part]))
                 return cost
 
-            return Stage(folder, config | {"head_only": True}, inputs | tested, make)
+            return Stage(folder, config | {"head_only": True}, inputs | tested, make, work=work)
 
         def make(out: Path) -> dict:
             classifier, rows = self.classifier(model, sharded=True), samples()
@@ -560,7 +608,7 @@ class Experiment:
         group_size = self.config.weak_gpus if model is self.weak else self.config.strong_gpus
         return Stage(
             folder, config, inputs | tested, make, minimum=kept, on_all_ranks=True, group_size=group_size,
-            twins=self.twins(folder),
+            twins=self.twins(folder), work=work,
         )  # fmt: skip
 
     @functools.cache  # noqa: B019
@@ -885,17 +933,26 @@ def main() -> None:
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
     given = parse_given(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
-    if sys.argv[1] != "plan" and (wrong := given.keys() & {"gpu", "gpus"}):
-        flags = " ".join(f"--{name} {given[name]}" for name in sorted(wrong))
+    wrong = {name: given[name] for name in ("gpu", "gpus", "measure") if name in given}
+    if given.get("preset") == "auto":
+        wrong["preset"] = "auto"
+    if sys.argv[1] != "plan" and wrong:
+        flags = estimate.flags(wrong)
         raise InputError(f"{flags}: for `w2s.py plan` only; `run` takes the GPUs it has")
     if "gpu" in given and given.get("dtype", "auto") == "auto":
         given["dtype"] = "bfloat16"
-    tasks = Config.of(**given).tasks
+
+    def experiments(**more) -> list[Experiment]:
+        return [Experiment(Config.of(t, **given | more), t) for t in Config.of(**given | more).tasks]
+
+    if "preset" in wrong:
+        estimate.choose_preset(lambda name: experiments(preset=name))
+        return
     if given.get("show_config"):
-        for task in tasks:
+        for task in Config.of(**given).tasks:
             show_config(given, task)
         return
-    COMMANDS[sys.argv[1]]([Experiment(Config.of(task, **given), task) for task in tasks])
+    COMMANDS[sys.argv[1]](experiments())
 
 
 if __name__ == "__main__":
