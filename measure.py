@@ -1,5 +1,6 @@
 """What the machine does, for plan.py: its peaks by data sheet or timed, and one longest batch of a kind of work, measured."""
 
+import ctypes
 import dataclasses
 import gc
 import os
@@ -47,6 +48,7 @@ def peak_memory(reset: bool = False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed does not count
         Path("/proc/self/clear_refs").write_text("5")
     line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])

@@ -10,6 +10,7 @@ parts in `Plan.memory`, which tests/test_plan.py compares with measured peaks.
 """
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections import Counter
@@ -187,20 +188,19 @@ def fitting(experiments: list, gpu: Gpu, gpus: int) -> dict | None:
             return changes
         c = plan.c
         if type(work).__name__ == "Debates":
-            ways = [{"cache_tokens": n} for n in range(c.cache_tokens // 1000 * 1000, 0, -1000)] + [
-                {"engine": "sharded"}
-            ]
+            fewer = range(c.cache_tokens // 1000 * 1000, 0, -1000)
+            ways = [*({"cache_tokens": n} for n in fewer), {"engine": "sharded"}]
         else:
-            name, most = f"{plan.kind(work).split()[1]}_gpus", c.max_tokens_per_forward
-            sizes = [n for n in range(plan.group(work), gpus + 1) if gpus % n == 0]
-            forwards = [n for n in (most, 16384, 8192, 4096) if n <= most]
-            ways = [{name: n, "checkpointing": k, "max_tokens_per_forward": t}
-                    for n in sizes for k in (c.checkpointing, True) for t in forwards]  # fmt: skip
+            flag, G, most = f"{plan.kind(work).split()[1]}_gpus", plan.group(work), c.max_tokens_per_forward
+            sizes = [{flag: n} if n > G else {} for n in range(G, gpus + 1) if gpus % n == 0]
+            forwards = [{}, *({"max_tokens_per_forward": n} for n in (16384, 8192, 4096) if n < most)]
+            combinations = itertools.product(sizes, ({}, {"checkpointing": True}), forwards)
+            ways = [size | checkpointing | forward for size, checkpointing, forward in combinations]
         smaller = (Plan(dataclasses.replace(c, **way), plan.task, gpu, gpus).memory(work) for way in ways)
         way = next((way for way, parts in zip(ways, smaller, strict=True) if sum(parts.values()) <= 1e9 * usable), None)
         if way is None:
             return None
-        changes |= {name: value for name, value in way.items() if value != getattr(c, name)}
+        changes |= way
 
 
 def flags(changes: dict) -> str:
@@ -213,11 +213,13 @@ def choose_preset(experiments_of: Callable[[str], list]) -> None:
         experiments = experiments_of(preset)
         name, gpu, gpus = machine(experiments[0].config)
         changes = None if gpu.cpu else fitting(experiments, gpu, gpus)
-        why = f"{preset} {'does not fit' if changes is None else 'fits'} {gpus} x {name}, {gpu.gb:.4g} GB"
-        print(f"preset {why}", file=sys.stderr)
+        fits = "fits" if changes is not None else "does not fit"
+        print(f"preset {preset} {fits} {gpus} x {name}, {gpu.gb:.4g} GB", file=sys.stderr)
         if changes is not None:
-            return print(preset, flags(changes))
-    print("tiny")
+            break
+    else:
+        preset, changes = "tiny", {}
+    print(preset, flags(changes))
 
 
 # ---- the command ----

@@ -290,11 +290,11 @@ class Run:
     model: ModelSpec
     reads: str
     turns: int
-    debate_seed: int
     predicts: tuple[str, ...]
     train: TrainConfig
     heads: bool
     keep: bool
+    debate_seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -575,7 +575,7 @@ class Experiment:
         }
         tested = {"test": self.file("test.jsonl")} if "test" in parts else {}
         folder = self.runs / "predictions" / name
-        work = Run(name, model, *context, parts, train_config, self.config.head_only, keep)
+        work = Run(name, model, *context[:2], parts, train_config, self.config.head_only, keep, context[2])
         if self.config.head_only:
             runs = self.heads.setdefault(reader, {})
             runs[name] = (samples, train_config, parts, read)
