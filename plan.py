@@ -235,9 +235,7 @@ def show(experiments: list) -> None:
     config = experiments[0].config
     name, gpu, gpus = machine(config)
     changes, usable = whole_groups(config, gpus), gpu.gb * ASSUMED_UTILIZATION["memory"]
-    print0(
-        f"{gpus} x {name}: {gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, to the others {gpu.link:.4g}"
-    )
+    print0(f"{gpus} x {name}: {gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, link {gpu.link:.4g} GB/s")
     if changes:
         print0(f"with {flags(changes)}, which `run` needs too: the groups asked for do not divide {gpus} GPUs")
     weak, strong = (shape_of(ModelSpec.parse(spec)) for spec in (config.weak, config.strong))
@@ -253,16 +251,15 @@ def show(experiments: list) -> None:
             cost = Counter(bytes=cost["bytes"]) if work.heads and text in texts else cost
             texts.add(text)
         table.setdefault(key, Counter()).update(cost + Counter(stages=1))
-    columns = "".join(
-        f"{s:>10}" for s in ("stages", "M read", "M trained", "PFLOP", "k steps", "ms/step", "GB", "hours")
-    )
-    print0(f"\n{'task':20}{'kind':30}{columns}  rest on")
+    columns = "stages    M read M trained     PFLOP   k steps   ms/step        GB     hours  rest on"
+    print0(f"\n{'task':20}{'kind':34}{columns}")
     for (task, kind), c in [*table.items(), (("all", ""), sum(table.values(), Counter()))]:
         seconds = {k: c[k] for k in (*ASSUMED_UTILIZATION, "launches") if c[k]}
         amounts = c["read"] / 1e6, c["trained"] / 1e6, c["flops"] / 1e15, c["steps"] / 1e3
         amounts += 1e3 * c["stepping"] / max(1, c["steps"]), c["bytes"] / 1e9, sum(seconds.values()) / 3600
+        numbers = "".join(f"{x:10,.0f}" if x >= 1e4 else f"{x:10.4g}" for x in amounts)
         rest = ", ".join(f"{k} {v / sum(seconds.values()):.0%}" for k, v in seconds.items())
-        print0(f"{task:20}{kind:30}{c['stages']:10}{''.join(f'{x:10.4g}' for x in amounts)}  {rest}")
+        print0(f"{task:20}{kind:30}{c['stages']:10}{numbers}  {rest}")
     assumed = ", ".join(f"{k} {v}" for k, v in ASSUMED_UTILIZATION.items())
     print0(f"{LEGEND}\nassumed, until measured: of the peaks {assumed}; launches {1e3 * LAUNCHES:.2g} ms per layer")
     print0(f"\npeak memory per GPU, of {gpu.gb:.4g} GB x {ASSUMED_UTILIZATION['memory']}, in the task that needs most:")
@@ -271,15 +268,13 @@ def show(experiments: list) -> None:
         parts = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in plan.memory(work).items())
         print0(f"  {plan.task} {kind}: {parts} = {gb:.1f} GB")
     sizes = [2e-9 * (m.body + m.V * m.D * (2 - m.tied)) for m in (weak, strong)]  # in the bfloat16 of their files
-    print0(
-        f"host memory while {gpus} processes load the strong model: {gpus} x {sizes[1]:.3g} GB = {gpus * sizes[1]:.3g} GB"
-    )
-    print0(f"disk beside the results: {sum(sizes):.3g} GB of models; of first-generation Qwen a converted copy as well")
+    loading = f"{gpus} x {sizes[1]:.3g} = {gpus * sizes[1]:.3g} GB"
+    print0(f"host memory while every process loads the strong model: {loading}")
+    print0(f"disk beside the results: models, {sum(sizes):.3g} GB; twice that where first-generation Qwen is converted")
+    gb, plan, work = max(most.values(), key=lambda peak: peak[0])
     if config.measure:
         compare(most)
-        return
-    gb, plan, work = max(most.values(), key=lambda peak: peak[0])
-    if gb > usable:
+    elif gb > usable:
         ways = fitting(experiments, gpu, gpus)
         would = flags(ways) if ways else "a smaller model (--weak, --strong), or GPUs with more memory"
         needs = f"{plan.task} {plan.kind(work)} needs {gb:.1f} GB per GPU"
