@@ -5,8 +5,7 @@
     python w2s.py plan --preset auto                               the largest preset that fits here, with the flags it needs
 
 Sizes come from the preset and sizes.py; every turn is as long as it may be. Rates are peaks times
-ASSUMED_UTILIZATION; a step takes as long as the slowest thing in it, and the plan names that. Memory is the sum of the
-parts in `Plan.memory`, which tests/test_plan.py compares with measured peaks.
+ASSUMED_UTILIZATION; a step takes as long as the slowest thing in it, and the plan names that.
 """
 
 import dataclasses

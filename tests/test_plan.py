@@ -14,6 +14,7 @@ import model
 import plan
 import train
 import w2s
+from data.models import builtin_folder
 from data.prepare import TASKS
 from model import ModelSpec
 from sizes import GPUS, SIZES, Gpu, Shape
@@ -45,13 +46,6 @@ def test_every_preset_is_planned_offline(tmp_path, preset):
     end = run_plan(tmp_path, "--preset", preset, *ON_8)
     assert end.returncode == 0, end.stderr
     assert "peak memory per GPU" in end.stdout and not (tmp_path / "out").exists()
-
-
-def test_the_device_at_hand_is_timed(tmp_path):
-    end = run_plan(tmp_path, "--preset", "smoke")
-    assert end.returncode == 0, end.stderr
-    rate, memory = re.search(r"1 x this \w+: (\S+) TFLOP/s, (\S+) GB", end.stdout).groups()
-    assert float(rate) > 0 and float(memory) > 1
 
 
 def test_hours_and_gigabytes_of_the_strong_students_of_sciq(tmp_path):
@@ -109,20 +103,12 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path, flags, told):
         ("h100-80gb", 7, "paper --weak-gpus 7 --max-tokens-per-forward 4096"),
         ("h100-80gb", 1, "small --max-tokens-per-forward 8192"),
         ("rtx4090-24gb", 1, "tiny"),
+        (None, None, "tiny"),  # a CPU
     ],
 )
 def test_auto_takes_the_largest_preset_that_fits_with_the_flags_it_needs(gpu, gpus, chosen, capsys):
     plan.choose_preset(lambda preset: experiments(preset=preset, gpu=gpu, gpus=gpus))
     assert capsys.readouterr().out.strip() == chosen
-    preset, *flags = chosen.split()
-    given = w2s.parse_given(w2s.Config, flags, "", "")
-    if preset != "tiny":
-        plan.show(experiments(preset=preset, gpu=gpu, gpus=gpus, **given))  # refuses what does not fit
-
-
-def test_without_a_gpu_auto_takes_tiny(capsys):
-    plan.choose_preset(lambda preset: experiments(preset=preset))
-    assert capsys.readouterr().out.strip() == "tiny"
 
 
 def test_every_task_has_its_sizes_and_every_passage_its_length():
@@ -136,14 +122,6 @@ def test_every_task_has_its_sizes_and_every_passage_its_length():
 def test_the_flags_of_plan_are_for_plan_only(flags):
     end = subprocess.run([sys.executable, ROOT / "w2s.py", "status", *flags], capture_output=True, text=True)
     assert (end.returncode, end.stderr.count("\n")) == (2, 1) and "plan" in end.stderr and flags[0] in end.stderr
-
-
-def test_heads_read_their_texts_once_for_all_seeds(capsys):
-    def pflop(**more) -> float:
-        plan.show(experiments(preset="small", tasks=("sciq",), head_only=True, gpu="h100-80gb", gpus=1, **more))
-        return float(re.search(r"heads strong .*", capsys.readouterr().out)[0].split()[6])
-
-    assert pflop(seeds=(0, 1)) == pflop(seeds=(0,))
 
 
 # ---- memory as measured ----
@@ -161,23 +139,18 @@ def peak(work) -> int:
     return most
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=[2, 4])
 def spec(request, tmp_path_factory) -> ModelSpec:
-    import transformers as t
+    """A small model with two or four heads of keys and the byte tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from data.models import builtin_folder
-
-    folder = tmp_path_factory.mktemp(request.param)
-    config_class, model_class = {
-        "llama": (t.LlamaConfig, t.LlamaForCausalLM),
-        "qwen2": (t.Qwen2Config, t.Qwen2ForCausalLM),
-    }[request.param]
-    config = config_class(
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
         vocab_size=258, hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2 if request.param == "llama" else 4, bos_token_id=None, eos_token_id=0,
+        num_key_value_heads=request.param, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
-    model_class(config).to(torch.bfloat16).save_pretrained(folder)
-    t.AutoTokenizer.from_pretrained(builtin_folder("random-small")).save_pretrained(folder)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(builtin_folder("random-small")).save_pretrained(folder)
     return ModelSpec(str(folder))
 
 
@@ -215,9 +188,8 @@ def test_memory_of_debates_is_what_was_measured(spec):
         columns.append(len(debate.encode_question(debater, "sciq", "debate", samples[0])) + 2 * said + asked + 16)
 
     measured = peak(decode)
-    parts = planned(spec, dtype="float32", cache_tokens=32 * columns[0]).memory(
-        w2s.Debates("debate", dict.fromkeys(range(4), 3), spec)
-    )
+    work = w2s.Debates("debate", dict.fromkeys(range(4), 3), spec)
+    parts = planned(spec, dtype="float32", cache_tokens=32 * columns[0]).memory(work)
     parts["KV"] /= 1.5  # none ended early, so no rows went on in a copy
     assert sum(parts.values()) == pytest.approx(measured, rel=0.15), parts
 
