@@ -1,11 +1,8 @@
 """What a run would cost before it starts: hours, memory per GPU, disk. Downloads nothing and runs no model.
 
-    python w2s.py plan --preset paper --gpu h100-80gb --gpus 8     for a machine that is not here
-    python w2s.py plan --preset tiny --measure                     runs one longest batch of each kind here, to compare
-    python w2s.py plan --preset auto                               the largest preset that fits here, with the flags it needs
-
-Sizes come from the preset and sizes.py; every turn is as long as it may be. Rates are peaks times
-ASSUMED_UTILIZATION; a step takes as long as the slowest thing in it, and the plan names that.
+python w2s.py plan --preset paper --gpu h100-80gb --gpus 8     for a machine that is not here
+python w2s.py plan --preset tiny --measure                     runs one longest batch of each kind here, to compare
+python w2s.py plan --preset auto                               the largest preset that fits here, with the flags it needs
 """
 
 import dataclasses
@@ -130,11 +127,14 @@ class Plan:
             return {}
         if name == "Debates":
             (turns, seeds), shares = self.longest_debate(work), self.gpus if c.engine == "sharded" else 1
-            one = seeds * (INTRODUCTION + sum(self.longest) + INSTRUCTION + turns * self.said)
+            tokens = max(c.cache_tokens, seeds * (INTRODUCTION + sum(self.longest) + INSTRUCTION + turns * self.said))
             rows = max(k * self.samples(n, k, self.mean) for n, k in Counter(work.turns.values()).items())
             parts = {"weights": e * (m.body / shares + embedding * (2 - m.tied)), "logits": 3 * 4 * rows * m.V}
-            # a full batch, or one sample; and half of it again when half of the rows go on in a copy
-            parts["KV"] = 1.5 * e * m.kv / shares * max(c.cache_tokens, one)
+            parts["KV"] = (
+                1.5 * e * m.kv / shares * tokens
+            )  # half again: when half of the rows ended, the rest are copied
+            read, copied = rows * (INSTRUCTION + self.said), tokens * (m.kv_heads < m.heads)  # keys of grouped queries
+            parts["activations"] = e * (read * (2 * m.D + 3 * m.F) + copied * 2 * m.d * m.heads)  # of one block
             weak = shape_of(ModelSpec.parse(c.weak))
             asked = {"weak model": e * (weak.body + weak.V * weak.D)}
             return parts | (asked if work.protocol == "market_making" else {})
@@ -224,9 +224,10 @@ def choose_preset(experiments_of: Callable[[str], list]) -> None:
 # ---- the command ----
 
 LEGEND = """
-hours: tokens read x 2 N / (GPUs that read x reading); steps x seconds per step / runs or batches at once. A decode step takes
-the longest of (weights + keys and values) / bandwidth, rows x 2 N / reading, layers x launches; an optimizer step the longer
-of batch x tokens x 6 N (8 N with recomputation) / (group x training) and, sharded, two gathers and a float32 reduction / link."""
+hours: tokens read x 2 N / (GPUs that read x reading); steps x seconds per step / runs or batches at once. Every turn is as long
+as it may be. A decode step takes the longest of (weights + keys and values) / bandwidth, rows x 2 N / reading, layers x
+launches; an optimizer step the longer of batch x tokens x 6 N (8 N with recomputation) / (group x training) and, sharded, two
+gathers and a float32 reduction / link."""
 
 
 def show(experiments: list) -> None:
@@ -267,8 +268,7 @@ def show(experiments: list) -> None:
         parts = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in plan.memory(work).items())
         print0(f"  {plan.task} {kind}: {parts} = {gb:.1f} GB")
     sizes = [2e-9 * (m.body + m.V * m.D * (2 - m.tied)) for m in (weak, strong)]  # in the bfloat16 of their files
-    loading = f"{gpus} x {sizes[1]:.3g} = {gpus * sizes[1]:.3g} GB"
-    print0(f"host memory while every process loads the strong model: {loading}")
+    print0(f"host memory while {gpus} processes load the strong model: {gpus * sizes[1]:.3g} GB, {sizes[1]:.3g} each")
     print0(f"disk beside the results: models, {sum(sizes):.3g} GB; twice that where first-generation Qwen is converted")
     gb, plan, work = max(most.values(), key=lambda peak: peak[0])
     if config.measure:
