@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import data.prepare
-import plan
 from common import ROOT, InputError, flag, print0
 from generate import DebateConfig
 from kernels import CHOICES, resolve
 from model import ModelSpec, resolve_dtype
 from report import stats
+from sizes import GPUS
 from train import TrainConfig
 
 # ---- what is compared ----
@@ -100,7 +100,7 @@ PRESETS = {
     "paper": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
         transcript="last",  # "appended to each sample", as the paper words it
-        cache_tokens=30_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
+        cache_tokens=26_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
     ),
 }  # fmt: skip
 PER_TASK = {  # where a task departs from its preset
@@ -114,7 +114,7 @@ PER_TASK = {  # where a task departs from its preset
 class Config:
     """What holds for a task: flags over the preset's values for the task, over the preset's, over these defaults."""
 
-    preset: str = flag("tiny", "sizes and models", choices=tuple(PRESETS))
+    preset: str = flag("tiny", "sizes and models; auto: for `plan` only", choices=(*PRESETS, "auto"))
     tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
     methods: tuple = flag(tuple(METHODS), "rows and points of the tables and figures", choices=tuple(METHODS))
     seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
@@ -137,6 +137,7 @@ class Config:
     top_p: float = flag(DebateConfig.top_p, "of the debaters", float)
     chat: bool = flag(DebateConfig.chat, "ask the debaters through their chat template", bool)
     dtype: str = flag(TrainConfig.dtype, "of all models", choices=("auto", "float32", "bfloat16"))
+    compile: bool = flag(TrainConfig.compile, "torch.compile every block; pays on a GPU", bool)
     kernels: str = flag(TrainConfig.kernels, "Triton or plain PyTorch in finetuning", choices=CHOICES)
     engine: str = flag(
         DebateConfig.engine,
@@ -160,7 +161,8 @@ class Config:
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
     gpus: int | None = flag(None, "plan: GPUs of the run; default: those here", int)
-    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(plan.GPUS))
+    gpu: str | None = flag(None, "plan: kind of GPU; default: the device here, measured", choices=tuple(GPUS))
+    measure: bool = flag(False, "plan: run one longest batch of each kind here, beside its estimate", bool)
     show_config: bool = flag(False, "print what holds for each task and where it comes from, and stop", bool)
 
     @classmethod

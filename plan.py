@@ -1,491 +1,284 @@
-"""What a run would cost, before it starts: hours, memory a GPU, disk. Computes nothing, downloads nothing.
+"""What a run would cost before it starts: hours, memory per GPU, disk. Downloads nothing and runs no model.
 
-Every figure is printed with what it is made of. Sizes come from the preset and the sources' row counts, tokens from mean
-lengths, FLOPs as 2 N a token read and 6 N trained (8 N with recomputation; N: parameters of the blocks), rates from data
-sheets or, without --gpu, from this machine timed on the spot, times `SHARES`. Estimates, not measurements. Memory follows
-what train.py and debate.py allocate and is checked against measured peaks in tests/test_plan.py.
+python w2s.py plan --preset paper --gpu h100-80gb --gpus 8     for a machine that is not here
+python w2s.py plan --preset tiny --measure                     runs one longest batch of each kind here, to compare
+python w2s.py plan --preset auto                               the largest preset that fits here, with the flags it needs
 """
 
 import dataclasses
+import itertools
 import math
-import os
-import re
-import time
+import sys
 from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
-from common import InputError, print0, read_json
-from data.prepare import TASKS
+from common import InputError, print0
 from generate import DebateConfig
-from model import ModelSpec, device
+from measure import compare, machine
+from model import ModelSpec
+from sizes import SIZES, Gpu, Shape, shape_of
 
-ROWS = {  # (train after the cap of 20,000, test) on the hub; facts and places from their tables; or its source's
-    "sciq": (11_679, 1_000), "boolq": (9_427, 3_270), "cosmos_qa": (20_000, 2_985), "anthropic_hh": (20_000, 8_552),
-    "facts": (2_227, 1_076), "places": (791, 396), "sciq_evidence": (10_481, 884),
-}  # fmt: skip
-TOKENS = {  # of a sample: mean, and at most (or --max-sample-tokens); or its source's
-    "sciq": (22, 100), "boolq": (146, 1024), "cosmos_qa": (102, 250), "anthropic_hh": (153, 1024), "facts": (15, 30),
-    "places": (15, 30), "boolq_evidence": (14, 40), "cosmos_qa_evidence": (30, 80),
-}  # fmt: skip
-EVIDENCE = {  # tokens of the passage that debaters read, likewise
-    "sciq_evidence": (100, 900), "boolq_evidence": (132, 984), "cosmos_qa_evidence": (72, 170),
-    "facts_evidence": (12, 30), "places_evidence": (12, 30),
-}  # fmt: skip
-CHARACTERS = 4.3  # a token of English
+CHARACTERS = 4.3  # per token of English
 INTRODUCTION, INSTRUCTION, LABEL = 30, 25, 7  # tokens: before the sample, of a turn's instruction, of a speaker's name
-SHARES = {"training": 0.4, "reading": 0.4, "bandwidth": 0.3, "link": 0.8, "memory": 0.95}  # of the peaks: assumptions
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """Peaks of one device: dense bfloat16 TFLOP/s, memory GB, its GB/s, GB/s to the others one way."""
-
-    tflops: float
-    gb: float
-    gbps: float
-    link: float
-    flash: bool = True  # attention that stores no scores
-
-
-GPUS = {  # NVIDIA's data sheets of the SXM and PCIe boards; without sparsity; link: NVLink, or PCIe 4.0 x16
-    "h100-80gb": Gpu(989, 80, 3350, 450),
-    "h200-141gb": Gpu(989, 141, 4800, 450),
-    "a100-80gb": Gpu(312, 80, 2039, 300),
-    "l40s-48gb": Gpu(362, 48, 864, 32),
-    "rtx4090-24gb": Gpu(165, 24, 1008, 32),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A decoder of the Llama and Qwen families: width, blocks, MLP width, heads, heads of keys, head width, vocabulary."""
-
-    D: int
-    blocks: int
-    F: int
-    heads: int
-    kv_heads: int
-    d: int
-    V: int
-    tied: bool = False
-
-    @property
-    def Q(self) -> int:
-        return self.heads * self.d
-
-    @property
-    def K(self) -> int:
-        return self.kv_heads * self.d
-
-    @property
-    def block(self) -> int:
-        """Parameters of a block, without norms and biases."""
-        return 2 * self.D * (self.Q + self.K) + 3 * self.D * self.F
-
-    @property
-    def body(self) -> int:
-        return self.blocks * self.block
-
-    @property
-    def embeddings(self) -> int:
-        return self.V * self.D
-
-
-SHAPES = {  # of the presets' models, so that a plan needs no download
-    "Qwen/Qwen-7B": Shape(4096, 32, 11008, 32, 32, 128, 151936),
-    "Qwen/Qwen-14B": Shape(5120, 40, 13696, 40, 40, 128, 152064),
-    "Qwen/Qwen2.5-0.5B": Shape(896, 24, 4864, 14, 2, 64, 151936, True),
-    "Qwen/Qwen2.5-1.5B": Shape(1536, 28, 8960, 12, 2, 128, 151936, True),
-    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 64, 49152, True),
-    "random-small": Shape(32, 2, 64, 4, 2, 8, 257, True),
-    "random-large": Shape(64, 2, 128, 4, 2, 16, 257, True),
-}
-
-
-def shape_of(spec: ModelSpec) -> Shape:
-    """From the table, or a local folder's config.json."""
-    shape = SHAPES.get(spec.name)
-    if shape is None:
-        c = read_json(Path(spec.name) / "config.json")
-        if c is None:
-            raise InputError(f"model {spec.name!r}: plan knows {', '.join(SHAPES)}, and local folders")
-        try:
-            D, heads = c["hidden_size"], c["num_attention_heads"]
-            kv_heads, d = c.get("num_key_value_heads") or heads, c.get("head_dim") or D // heads
-            shape = Shape(D, c["num_hidden_layers"], c["intermediate_size"], heads, kv_heads, d, c["vocab_size"],
-                          bool(c.get("tie_word_embeddings")))  # fmt: skip
-        except KeyError as e:
-            raise InputError(
-                f"model {spec.name!r}: plan reads configurations like Llama's; config.json lacks {e}"
-            ) from None
-    return dataclasses.replace(shape, blocks=spec.layers or shape.blocks)
-
-
-def device_here() -> Gpu:
-    """The peaks of this machine: a matrix product and a copy timed on the spot, memory as it says."""
-    import torch
-
-    dev = device()
-    cuda, n = dev.type == "cuda", 8192 if dev.type == "cuda" else 512
-    a = torch.ones(n, n, dtype=torch.bfloat16 if cuda else torch.float32, device=dev)
-    b = torch.ones(2**28 if cuda else 2**22, device=dev)
-
-    def seconds(work) -> float:
-        best = float("inf")
-        for _ in range(3):
-            start = time.perf_counter()
-            work().view(-1)[0].item()
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    memory = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    rate, copied = 2 * n**3 / seconds(lambda: a @ a), 2 * b.nbytes / seconds(b.clone)
-    return Gpu(rate / 1e12, memory / 1e9, copied / 1e9, 32, flash=cuda)
-
-
-# ---- memory, bytes a GPU ----
-
-
-def finetuning_memory(m: Shape, gpus: int, tokens: int, longest: int, checkpointing: bool, e: int, flash: bool) -> dict:
-    """Peak of a step of train.py by part: `tokens` in one forward on a GPU, samples of `longest`, e bytes an element.
-
-    A block keeps, a token: two norms (float32 input, normalised, output), queries, keys, values and their result, four
-    MLP rows, and without flash attention float32 scores.
-    """
-    N = m.body + m.embeddings
-    a_parameter = (
-        16 if gpus > 1 or e == 4 else 20
-    )  # float32 weight, gradient, two moments; a bfloat16 copy and gradient
-    attention = e * (m.Q + 2 * m.K) + 4 * m.heads if flash else 4 * (3 * m.Q + m.heads * longest)
-    kept = (8 + 4 * e) * m.D + attention + e * m.Q + 4 * e * m.F
-    passing = e * m.F  # a gradient, before what it belongs to is freed
-    block_by_block = (m.blocks - 1) * e * m.D + kept
-    a_token = (block_by_block if checkpointing else m.blocks * kept) + passing
-    parts = {"state": a_parameter * N / gpus}
-    if gpus > 1:  # the embedding stays whole; of blocks the next one too, and a gradient on its way in float32
-        parts["gathered"] = e * m.embeddings + (3 * e + 4) * m.block
-    return parts | {"activations": max(tokens * a_token, e * m.embeddings)}
-
-
-def predicting_memory(m: Shape, gpus: int, tokens: int, e: int, flash: bool, training: bool) -> dict:
-    """Peak of a prediction: the optimizer's state stays; one block's activations pass."""
-    parts = finetuning_memory(m, gpus, 0, 0, False, e, flash)
-    state = parts if training else {"weights": e * (m.body + m.embeddings)}
-    return state | {"activations": tokens * e * (2 * m.D + 3 * m.F)}
-
-
-def cache_columns(opening: int, asked: int, said: int, new: int, turns: int) -> tuple[int, int]:
-    """Columns of the KV buffer that generate.py's GrowingKVLayer ends with, and those in use at the end."""
-    used = opening + (turns - 1) * said + asked + new - 1  # the last token is not read
-    return -(-used // 64) * 64, used
-
-
-def debating_memory(
-    m: Shape, samples: int, seeds: int, columns: tuple[int, int], opening: int, fed: int, e: int, shares: int = 1
-) -> dict:
-    """Peak of a chunk of debates: `opening` tokens a sample are read at once, then `fed` a row before each turn.
-
-    When half of the rows have ended, the others go on in a copy.
-    Blocks and cache are cut into `shares` where the engine is sharded.
-    """
-    rows, (room, used), kv = samples * seeds, columns, 2 * m.blocks * m.K * e / shares
-    reading = max(samples * opening, rows * fed) * e * (2 * m.D + 3 * m.F)
-    repeated = 2 * rows * used * m.Q * e if m.K < m.Q else 0  # keys of grouped queries, in one block
-    return {
-        "weights": e * (m.body / shares + m.embeddings * (1 if m.tied else 2)),
-        "KV cache": rows * room * kv,
-        "rows left": rows // 2 * room * kv,
-        "passing": max(reading, repeated + 3 * 4 * rows * m.V),
-    }
-
-
-class Need(NamedTuple):
-    """Peak memory of one kind of work in bytes by part, and what would lower it: pairs (flags, parts)."""
-
-    what: str
-    kind: str
-    parts: dict
-    remedies: list
-
-    @property
-    def gb(self) -> float:
-        return sum(self.parts.values()) / 1e9
-
-
-# ---- one group of like stages ----
-
-
-def length_read(name: str, text: int, said: int, most: int = 2048) -> int:
-    """Tokens of a sample as a finetuned model reads it, with the turns that its stage's name tells."""
-    turns = re.search(r"-t(\d+)-", name)
-    named = 2 * LABEL * ("no_argument" in name)
-    return min(most, text + named + (int(turns[1]) * (said + LABEL) if turns else 0))
+ASSUMED_UTILIZATION = {"training": 0.4, "reading": 0.4, "bandwidth": 0.3, "link": 0.8, "memory": 0.95}  # of the peaks
+LAUNCHES = 0.3e-3  # seconds per layer that a decode step takes at least on a GPU, however few its rows: assumed too
 
 
 class Plan:
-    """Costs of an experiment's stages on `gpus` of `gpu`."""
+    """Costs of a task's stages under `config` on `gpus` of `gpu`. Of a stage, `work` says what it does (w2s.py)."""
 
     def __init__(self, config, task: str, gpu: Gpu, gpus: int):
         self.c, self.task, self.gpu, self.gpus = config, task, gpu, gpus
-        self.e = 2 if config.dtype == "bfloat16" else 4
-        self.weak, self.strong = (shape_of(ModelSpec.parse(s)) for s in (config.weak, config.strong))
-        rows, tests = ROWS.get(task) or ROWS[TASKS[task].source]
-        self.rows, self.tests = min(rows, config.limit_train or rows), min(tests, config.limit_test or tests)
-        self.half = self.rows // 2
-        mean, most = TOKENS.get(task) or TOKENS[TASKS[task].source]
-        self.text, self.longest = min(mean, config.max_sample_tokens), min(most, config.max_sample_tokens)
-        self.evidence, self.longest_evidence = EVIDENCE.get(task, (0, 0))
-        self.said = config.max_new_tokens + LABEL  # a turn's tokens, at most
+        self.e = 2 if config.dtype == "bfloat16" else 4  # bytes per element
+        rows, tests, mean, longest, evidence, longest_evidence = SIZES[task]
+        self.half, self.tests = min(rows, config.limit_train or rows) // 2, min(tests, config.limit_test or tests)
+        self.mean = min(mean, config.max_sample_tokens), evidence  # tokens of (sample, evidence)
+        self.longest = min(longest, config.max_sample_tokens), longest_evidence
+        self.said = config.max_new_tokens + LABEL  # tokens of a turn
+        self.each = 8 if config.checkpointing else 6  # FLOPs per trained token and parameter
+        peaks = {"training": 1e3 * gpu.tflops, "reading": 1e3 * gpu.tflops, "bandwidth": gpu.gbps, "link": gpu.link}
+        self.rate = {name: 1e9 * peak * ASSUMED_UTILIZATION[name] for name, peak in peaks.items()}  # FLOP/s, bytes/s
 
-    def batch_size(self, tokens: int, seeds: int, turns: int, cache_tokens: int = 0) -> int:
-        """Samples of so many tokens in one batch of debates."""
-        limit = cache_tokens or self.c.cache_tokens
-        return DebateConfig(self.c.max_new_tokens, cache_tokens=limit).batch_size(
-            int(CHARACTERS * tokens), seeds, turns
-        )
+    def kind(self, work) -> str:
+        """Stages of one kind differ in memory only by the lengths of what they read."""
+        role = "weak" if work.model == ModelSpec.parse(self.c.weak) else "strong"
+        match type(work).__name__:
+            case "Debates":
+                return f"debates {work.protocol}"
+            case "ZeroShot":
+                return f"zero-shot {role}"
+        return f"{'heads' if work.heads else 'finetune'} {role}"
 
-    def group(self, name: str) -> int:
-        """GPUs that share a finetuning."""
-        return min(self.c.weak_gpus if name.startswith("weak") else self.c.strong_gpus, self.gpus) or self.gpus
+    def group(self, run) -> int:
+        """GPUs that share a finetuning; heads are trained on one."""
+        asked = self.c.weak_gpus if self.kind(run).endswith("weak") else self.c.strong_gpus
+        return 1 if run.heads else min(asked, self.gpus) or self.gpus
 
-    def flops(self, kind: str, gpus: int = 0) -> float:
-        """FLOP/s of so many GPUs, or all."""
-        return (gpus or self.gpus) * self.gpu.tflops * 1e12 * SHARES[kind]
+    def read(self, run, sample: tuple[int, int]) -> int:
+        """Tokens that a finetuned model reads of a sample of (text, evidence) tokens."""
+        beside = {"nothing": 0, "sides": 2 * LABEL, "evidence": sample[1]}
+        return min(run.train.max_tokens, sample[0] + beside.get(run.reads, run.turns * self.said))
 
-    def debates(self, turns: dict) -> tuple[dict, list[str], list[tuple]]:
-        """Cost, derivation and memory of a protocol's transcripts; `turns` of each debate seed."""
-        c, m, g = self.c, self.strong, self.gpu
-        groups = sorted(Counter(turns.values()).items())  # (turns, debate seeds), generated together
-        spoken = sum(n * k for n, k in groups)
-        new = self.rows * spoken * c.max_new_tokens
-        read = self.rows * (
-            len(groups) * (INTRODUCTION + self.text + self.evidence) + spoken * (INSTRUCTION + self.said)
-        )
-        weights, kv = self.e * (m.body + m.embeddings), 2 * m.blocks * m.K * self.e
-        steps_seconds, lines, memory = 0.0, [], []
-        for n, seeds in groups:
-            chunk = self.batch_size(self.text + self.evidence, seeds, n)
-            chunks = math.ceil(self.half / chunk)
-            steps = 2 * chunks * n * c.max_new_tokens
-            rows = chunk * seeds
-            columns = (
-                INTRODUCTION + self.text + self.evidence + INSTRUCTION + (n - 1) / 2 * self.said + c.max_new_tokens / 2
-            )
-            a_step = weights + rows * columns * kv
-            moved, computed = a_step / (g.gbps * 1e9 * SHARES["bandwidth"]), 2 * m.body * rows / self.flops("reading")
-            seconds = max(moved, computed * self.gpus)
-            steps_seconds += steps * seconds / self.gpus
-            lines.append(
-                f"decode {n} turns: 2 x {chunks} chunks x {n} x {c.max_new_tokens} = {steps:,} steps x "
-                f"max(({weights / 1e9:.3g} GB + {rows} rows x {columns:.0f} columns x {kv:,} B) / ({g.gbps:.4g} GB/s x "
-                f"{SHARES['bandwidth']}), {rows} x 2 x {m.body / 1e9:.3g} G / ({g.tflops:.3g} T x {SHARES['reading']})) = "
-                f"{seconds * 1e3:.3g} ms / {self.gpus} GPUs = {steps * seconds / self.gpus / 3600:.3g} h"
-            )
-            opening = INTRODUCTION + self.longest + self.longest_evidence
-            room = cache_columns(opening, INSTRUCTION, self.said, c.max_new_tokens, n)
-            memory.append((n, seeds, room, opening))
-        flops = 2 * m.body * read
-        lines.insert(
-            0,
-            f"read {self.rows} x ({len(groups)} x {INTRODUCTION + self.text + self.evidence} + {spoken} turns x {INSTRUCTION + self.said}) = "
-            f"{read / 1e6:.4g} M tokens x 2 x {m.body / 1e9:.3g} G = {flops / 1e15:.4g} PFLOP / ({self.gpus} x {g.tflops:.3g} T x "
-            f"{SHARES['reading']}) = {flops / self.flops('reading') / 3600:.3g} h",
-        )
-        hours = (flops / self.flops("reading") + steps_seconds) / 3600
-        cost = {"samples": self.rows, "tokens": read + new, "flops": flops + 2 * m.body * new, "hours": hours}
-        return cost | {"bytes": 5 * new + 200 * spoken * self.rows}, lines, memory
+    def samples(self, turns: int, seeds: int, sample: tuple[int, int]) -> int:
+        """How many samples are debated at once."""
+        settings = DebateConfig(self.c.max_new_tokens, cache_tokens=self.c.cache_tokens)
+        return settings.batch_size(int(CHARACTERS * sum(sample)), seeds, turns)
 
-    def zero_shot(self, run: str) -> tuple[dict, list[str]]:
-        """Cost and derivation of reading the other half and the test split once, without training, by one process."""
-        m = self.weak if run == "zero-shot-weak" else self.strong
-        length = INTRODUCTION + self.text + INSTRUCTION + (self.evidence if run == "zero-shot-evidence" else 0)
-        tokens = (self.half + self.tests) * length
-        flops = 2 * m.body * tokens
-        hours = flops / self.flops("reading", 1) / 3600
-        line = f"{self.half} + {self.tests} rows x {length} tokens x 2 x {m.body / 1e9:.3g} G = {flops / 1e15:.3g} PFLOP on one GPU"
-        return {"samples": self.half + self.tests, "tokens": tokens, "flops": flops, "hours": hours}, [line]
+    def prompts(self, turns: int, seeds: int, sample: tuple[int, int]) -> int:
+        """Tokens read for a sample's debates: what opens all of them once, then what is asked and was said."""
+        return INTRODUCTION + sum(sample) + seeds * turns * (INSTRUCTION + self.said)
 
-    def finetune(self, name: str, kept: bool, heads: bool) -> tuple[dict, list[str]]:
-        """Cost and derivation of one run: train on a half, predict the other half and the test split."""
-        c, g, m = self.c, self.gpu, self.weak if name.startswith("weak") else self.strong
-        G = self.group(name) if not heads else self.gpus
-        side = self.gpus // G  # runs side by side
-        length = length_read(name, self.text, c.max_new_tokens)
-        epochs = 0 if heads else c.epochs  # heads alone: every text is read once
-        trained, steps = self.half * length * epochs, math.ceil(self.half / c.batch_size) * epochs
-        predicted = self.half * length * (2 if heads else 1) + self.tests * self.text
-        each = 8 if c.checkpointing else 6
-        flops, reading = each * m.body * trained, 2 * m.body * predicted
-        moved = (2 * self.e + 4) * m.body * (G - 1) / G if not heads else 0
-        computing, sending = flops / self.flops("training", G), steps * moved / (g.link * 1e9 * SHARES["link"])
-        hours = (max(computing, sending) + reading / self.flops("reading", G)) / side / 3600
-        line = (
-            f"a run: {self.half} rows x {epochs} epochs x {length} tokens x {each} x {m.body / 1e9:.4g} G = {flops / 1e15:.4g} PFLOP / "
-            f"({G} x {g.tflops:.3g} T x {SHARES['training']}) = {computing / 3600:.3g} h, or {steps} steps x {moved / 1e9:.3g} GB / "
-            f"({g.link:.3g} GB/s x {SHARES['link']}) = {sending / 3600:.3g} h, the longer; {predicted / 1e6:.3g} M predicted x 2 x "
-            f"{m.body / 1e9:.3g} G / ({G} x {g.tflops:.3g} T x {SHARES['reading']}) = "
-            f"{reading / self.flops('reading', G) / 3600:.3g} h; {side} runs side by side"
-        )
-        model = (4 if G > 1 else self.e) * (m.body + m.embeddings) if kept else 0
-        cost = {"samples": self.half, "tokens": trained + predicted, "flops": flops + reading, "hours": hours}
-        return cost | {"bytes": 60 * (self.half + self.tests) + model}, [line]
+    def longest_debate(self, work) -> tuple[int, int]:
+        """The most turns, and how many debate seeds, generated together, have them."""
+        return max(Counter(work.turns.values()).items())
 
-    def finetune_needs(self, name: str, heads: bool) -> list[Need]:
-        """Of a run and of its predictions."""
-        role, G = name.split("-")[0], self.group(name)
-        m = self.weak if role == "weak" else self.strong
-        longest = length_read(name, self.longest, self.c.max_new_tokens)
+    def decode_step(self, m: Shape, turns: int, rows: int, sample: tuple[int, int]) -> dict[str, float]:
+        """Seconds of a decode step in the middle of a debate, by what may limit it."""
+        columns = INTRODUCTION + sum(sample) + INSTRUCTION + (turns - 1) / 2 * self.said + self.c.max_new_tokens / 2
+        moved = self.e * (m.body + m.V * m.D + rows * columns * m.kv)
+        limits = {"bandwidth": moved / self.rate["bandwidth"], "reading": 2 * m.body * rows / self.rate["reading"]}
+        return limits if self.gpu.cpu else limits | {"launches": m.blocks * LAUNCHES}
 
-        def at_once(gpus: int, most: int) -> int:
-            return max(longest, min(math.ceil(self.c.batch_size / gpus) * longest, most))
+    def train_step(self, run, tokens: int) -> dict[str, float]:
+        """Seconds of an optimizer step, by what may limit it; the link carries two gathers and a float32 reduction."""
+        N, G = shape_of(run.model).body, self.group(run)
+        computed, sent = self.each * N * self.c.batch_size * tokens / G, (2 * self.e + 4) * N * (G - 1) / G
+        return {"training": computed / self.rate["training"], "link": sent / self.rate["link"]}
 
-        def parts(gpus=G, most=self.c.max_tokens_per_forward, checkpointing=self.c.checkpointing) -> dict:
-            return finetuning_memory(m, gpus, at_once(gpus, most), longest, checkpointing, self.e, self.gpu.flash)
+    def cost(self, work) -> Counter:
+        """Tokens, FLOPs, steps, bytes on disk, and the run's seconds by the assumption that they rest on."""
+        m, total, at_once = shape_of(work.model), Counter(), self.gpus  # so many GPUs read
+        match type(work).__name__:
+            case "Debates":
+                for turns, seeds in Counter(work.turns.values()).items():
+                    samples, spoken = self.samples(turns, seeds, self.mean), 2 * self.half * seeds * turns
+                    steps = 2 * math.ceil(self.half / samples) * turns * self.c.max_new_tokens
+                    step = self.decode_step(m, turns, samples * seeds, self.mean)
+                    total.update({max(step, key=step.get): steps * max(step.values()) / self.gpus})
+                    total.update(steps=steps, stepping=steps * max(step.values()), said=spoken * self.c.max_new_tokens)
+                    total["read"] += 2 * self.half * self.prompts(turns, seeds, self.mean)
+                    total["bytes"] += spoken * (5 * self.c.max_new_tokens + 200)
+            case "ZeroShot":
+                length, at_once = INTRODUCTION + INSTRUCTION + self.mean[0] + work.evidence * self.mean[1], 1
+                total["read"] = (self.half + self.tests) * length
+            case "Run":
+                length, G, at_once = self.read(work, self.mean), self.group(work), 1 if work.heads else self.gpus
+                rows = {"train_b": (self.half, length), "test": (self.tests, self.mean[0])}
+                total["read"] = sum(math.prod(rows[part]) for part in work.predicts) + work.heads * self.half * length
+                total["bytes"] = 60 * sum(rows[part][0] for part in work.predicts)
+                total["bytes"] += work.keep * (4 if G > 1 else self.e) * (m.body + m.V * m.D)
+                if not work.heads:
+                    steps, step = (
+                        math.ceil(self.half / self.c.batch_size) * self.c.epochs,
+                        self.train_step(work, length),
+                    )
+                    total.update({max(step, key=step.get): steps * max(step.values()) * G / self.gpus})
+                    total.update(steps=steps, stepping=steps * max(step.values()))
+                    total["trained"] = self.half * length * self.c.epochs
+        total["flops"] = m.body * (2 * (total["read"] + total["said"]) + self.each * total["trained"])
+        total["reading"] += 2 * m.body * total["read"] / at_once / self.rate["reading"]
+        return total
 
-        tokens = at_once(G, self.c.max_tokens_per_forward)
-        read = min(4096, self.c.max_tokens_per_forward)
-        state = predicting_memory(m, 1 if heads else G, read, self.e, self.gpu.flash, training=not heads)
-        predicting = Need(f"{self.task} {name}: predictions, {read} tokens a forward", f"{role} predictions", state, [])
-        remedies = [("--checkpointing", parts(checkpointing=True))]
-        remedies += [
-            (f"--max-tokens-per-forward {n}", parts(most=n)) for n in (16384, 8192, 4096, 2048) if longest <= n < tokens
-        ]
-        flag = f"--{role}-gpus"
-        for n in (2, 4, 8, 16, 32, 64):
-            if n > G:
-                more = f" --gpus {n}" if n > self.gpus else ""
-                remedies += [(f"{flag} {n}{more}", parts(gpus=n))]
-                remedies += [(f"{flag} {n}{more} --checkpointing", parts(n, checkpointing=True))]
-        how = ", recomputing" if self.c.checkpointing else ""
-        what = f"{self.task} {name}: finetuning, {tokens} tokens a forward{how}"
-        return [predicting] if heads else [Need(what, f"{role} finetuning", parts(), remedies), predicting]
+    def memory(self, work) -> dict[str, float]:
+        """Peak bytes per GPU by part; none for zero-shot reading, which needs less than debates."""
+        c, m, e = self.c, shape_of(work.model), self.e
+        embedding, name = m.V * m.D, type(work).__name__
+        if name == "ZeroShot":
+            return {}
+        if name == "Debates":
+            (turns, seeds), shares = self.longest_debate(work), self.gpus if c.engine == "sharded" else 1
+            tokens = max(c.cache_tokens, seeds * (INTRODUCTION + sum(self.longest) + INSTRUCTION + turns * self.said))
+            rows = max(k * self.samples(n, k, self.mean) for n, k in Counter(work.turns.values()).items())
+            parts = {"weights": e * (m.body / shares + embedding * (2 - m.tied)), "logits": 3 * 4 * rows * m.V}
+            parts["KV"] = (
+                1.5 * e * m.kv / shares * tokens
+            )  # half again: when half of the rows ended, the rest are copied
+            read, copied = rows * (INSTRUCTION + self.said), tokens * (m.kv_heads < m.heads)  # keys of grouped queries
+            parts["activations"] = e * (read * (2 * m.D + 3 * m.F) + copied * 2 * m.d * m.heads)  # of one block
+            weak = shape_of(ModelSpec.parse(c.weak))
+            asked = {"weak model": e * (weak.body + weak.V * weak.D)}
+            return parts | (asked if work.protocol == "market_making" else {})
+        G, longest = self.group(work), self.read(work, self.longest)
+        if work.heads:
+            return {"weights": e * (m.body + embedding), "activations": e * max(longest, 4096) * (2 * m.D + 3 * m.F)}
+        tokens = max(longest, min(math.ceil(c.batch_size / G) * longest, c.max_tokens_per_forward))
+        return finetuning_memory(m, G, tokens, longest, c.checkpointing, e, self.gpu.cpu)
 
-    def debate_needs(self, protocol: str, memory: list[tuple]) -> list[Need]:
-        """Of a protocol's debates, by their length."""
-        needs = []
-        for turns, seeds, columns, opening in memory:
 
-            def parts(
-                limit: int, engine=self.c.engine, turns=turns, seeds=seeds, columns=columns, opening=opening
-            ) -> dict:
-                chunk, shares = (
-                    self.batch_size(self.longest + self.longest_evidence, seeds, turns, limit),
-                    self.gpus if engine == "sharded" else 1,
-                )
-                fed = INSTRUCTION + self.said
-                need = debating_memory(self.strong, chunk, seeds, columns, opening, fed, self.e, shares)
-                asked = {"weak model": self.e * (self.weak.body + self.weak.embeddings)}
-                return need | (asked if protocol == "market_making" else {})
+def finetuning_memory(m: Shape, group: int, tokens: int, longest: int, checkpointing: bool, e: int, cpu: bool) -> dict:
+    """Peak bytes per GPU of a step on `tokens` in one forward, of samples up to `longest`, e bytes per element, by part."""
+    kept = e * (8 * m.D + 2 * m.d * (m.heads + m.kv_heads) + 4 * m.F)  # per token and block
+    kept += 4 * m.heads * longest * cpu  # scores, which attention on a GPU does not store
+    # float32 weights, gradients, two moments; of an unsharded bfloat16 model also its copy and that one's gradient
+    parts = {"state": (20 if group == 1 and e == 2 else 16) * (m.body + m.V * m.D) / group}
+    parts["activations"] = tokens * (e * m.D * (m.blocks - 1) + kept if checkpointing else m.blocks * kept)
+    return parts | ({"gathered": e * m.V * m.D + (3 * e + 4) * m.body / m.blocks} if group > 1 else {})
 
-            limit = self.c.cache_tokens
-            chunk = self.batch_size(self.longest + self.longest_evidence, seeds, turns)
-            what = (
-                f"{self.task} {protocol}: {turns} turns, {chunk} samples x {seeds} seeds, room for {columns[0]} columns"
-            )
-            remedies = [(f"--cache-tokens {n * 1000}", parts(n * 1000)) for n in range(limit // 1000, 0, -1)]
-            remedies += [("--engine sharded", parts(limit, "sharded"))]
-            needs.append(Need(what, f"{protocol} {turns}", parts(limit), remedies))
-        return needs
+
+# ---- what fits ----
+
+
+def works(experiments: list, gpu: Gpu, gpus: int, changes: dict) -> Iterator[tuple[Plan, object]]:
+    """What the stages do, each with the plan of its task under `changes` to the configuration."""
+    for e in experiments:
+        plan = Plan(dataclasses.replace(e.config, **changes), e.task, gpu, gpus)
+        yield from ((plan, stage.work) for stage in e.stages() if stage.work)
+
+
+def peaks(experiments: list, gpu: Gpu, gpus: int, changes: dict) -> dict[str, tuple[float, Plan, object]]:
+    """Of every kind of work the one that needs most memory: GB, plan, work."""
+    most: dict[str, tuple[float, Plan, object]] = {}
+    for plan, work in works(experiments, gpu, gpus, changes):
+        gb = sum(plan.memory(work).values()) / 1e9
+        if gb > most.get(plan.kind(work), (0,))[0]:
+            most[plan.kind(work)] = gb, plan, work
+    return most
+
+
+def whole_groups(config, gpus: int) -> dict[str, int]:
+    """Group sizes that divide the GPUs, where those asked for do not: the next larger ones."""
+    asked = {name: min(getattr(config, name), gpus) or gpus for name in ("weak_gpus", "strong_gpus")}
+    return {name: min(d for d in range(n, gpus + 1) if gpus % d == 0) for name, n in asked.items() if gpus % n}
+
+
+def fitting(experiments: list, gpu: Gpu, gpus: int) -> dict | None:
+    """Changes to the configuration with which all fits, each the first that helps what needs most; None if none does."""
+    changes: dict = whole_groups(experiments[0].config, gpus)
+    usable = gpu.gb * ASSUMED_UTILIZATION["memory"]
+    while True:
+        gb, plan, work = max(peaks(experiments, gpu, gpus, changes).values(), key=lambda peak: peak[0])
+        if gb <= usable:
+            return changes
+        c = plan.c
+        if type(work).__name__ == "Debates":
+            fewer = range(c.cache_tokens // 1000 * 1000, 0, -1000)
+            ways = [*({"cache_tokens": n} for n in fewer), {"engine": "sharded"}]
+        else:
+            flag, G, most = f"{plan.kind(work).split()[1]}_gpus", plan.group(work), c.max_tokens_per_forward
+            sizes = [{flag: n} if n > G else {} for n in range(G, gpus + 1) if gpus % n == 0]
+            forwards = [{}, *({"max_tokens_per_forward": n} for n in (16384, 8192, 4096) if n < most)]
+            combinations = itertools.product(sizes, ({}, {"checkpointing": True}), forwards)
+            ways = [size | checkpointing | forward for size, checkpointing, forward in combinations]
+        smaller = (Plan(dataclasses.replace(c, **way), plan.task, gpu, gpus).memory(work) for way in ways)
+        way = next((way for way, parts in zip(ways, smaller, strict=True) if sum(parts.values()) <= 1e9 * usable), None)
+        if way is None:
+            return None
+        changes |= way
+
+
+def flags(changes: dict) -> str:
+    return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in changes.items())
+
+
+def choose_preset(experiments_of: Callable[[str], list]) -> None:
+    """Print the largest preset that fits and the flags it needs; to stderr, why."""
+    for preset in ("paper", "small"):
+        experiments = experiments_of(preset)
+        name, gpu, gpus = machine(experiments[0].config)
+        changes = None if gpu.cpu else fitting(experiments, gpu, gpus)
+        fits = "fits" if changes is not None else "does not fit"
+        print(f"preset {preset} {fits} {gpus} x {name}, {gpu.gb:.4g} GB", file=sys.stderr)
+        if changes is not None:
+            break
+    else:
+        preset, changes = "tiny", {}
+    print(preset, flags(changes))
 
 
 # ---- the command ----
 
-
-def check(needs: list[Need], gpu: Gpu, name: str) -> None:
-    """Raises InputError on what needs most if that does not fit, with those of its remedies that do."""
-    usable = gpu.gb * SHARES["memory"]
-    worst = max(needs, key=lambda need: need.gb)
-    if worst.gb > usable:
-        ways: dict[str, str] = {}  # of every kind the first, which asks for the least
-        for way, parts in worst.remedies:
-            if (gb := sum(parts.values()) / 1e9) <= usable:
-                ways.setdefault(re.sub(r"\d+", "", way), f"{way} ({gb:.1f} GB)")
-        raise InputError(
-            f"{worst.what} needs {worst.gb:.1f} GB a GPU, {name} has {gpu.gb:.4g} GB, {usable:.1f} to use; would fit: "
-            f"{', or '.join(ways.values()) or 'a smaller model (--weak, --strong), or GPUs with more memory'}"
-        )
-
-
-def estimates(plans: list[tuple]) -> tuple[dict, dict, list[Need]]:
-    """From pairs (experiment, plan) by (task, group of like stages): costs, derivations; and needs, where they are greatest."""
-    costs: dict[tuple[str, str], Counter] = {}
-    derived: dict[tuple[str, str], list[str]] = {}
-    needs: dict[str, Need] = {}
-    seen = set()
-    for e, p in plans:
-        for stage in e.stages():
-            heads = stage.folder.is_relative_to(e.runs) and e.runs != e.folder
-            kind, run = stage.folder.relative_to(e.runs if heads else e.folder).parts[0], stage.folder.name
-            group, lines, found = kind, [], []
-            if kind == "transcripts":
-                group = f"debates {run}"
-                cost, lines, memory = p.debates(stage.minimum)
-                found = p.debate_needs(run, memory)
-            elif run.startswith("zero-shot"):
-                group = "zero-shot"
-                cost, lines = p.zero_shot(run)
-            elif kind == "predictions":
-                reader = re.findall(r"^weak-[a-z_]+|^strong|-t\d+", run)
-                group = " ".join(["heads" if heads else "finetune", *reader]).replace(" -", " ")
-                cost, lines = p.finetune(run, bool(stage.minimum.get("kept models")), heads)
-                texts = (e.task, re.sub(r"-f\d+-s\d+$|(?<=^strong)-.*", "", run))
-                if heads and texts in seen:  # read once for all heads
-                    cost |= {"flops": 0, "hours": 0, "tokens": 0}
-                seen.add(texts)
-                found = [] if (e.task, group) in costs else p.finetune_needs(run, heads)
-            elif kind == "data":
-                cost = {"samples": p.rows, "bytes": 6 * p.text * p.rows}
-            else:  # weak labels
-                cost = {"samples": p.half, "bytes": 50 * p.half}
-            costs.setdefault((e.task, group), Counter()).update(cost | {"stages": 1})
-            derived.setdefault((e.task, group), lines)
-            for need in found:
-                needs[need.kind] = max(needs.get(need.kind, need), need, key=lambda n: n.gb)
-    return costs, derived, list(needs.values())
+LEGEND = """
+hours: tokens read x 2 N / (GPUs that read x reading); steps x seconds per step / runs or batches at once. Every turn is as long
+as it may be. A decode step takes the longest of (weights + keys and values) / bandwidth, rows x 2 N / reading, layers x
+launches; an optimizer step the longer of batch x tokens x 6 N (8 N with recomputation) / (group x training) and, sharded, two
+gathers and a float32 reduction / link."""
 
 
 def show(experiments: list) -> None:
-    """Print a line per group of similar stages, how each is derived, and peak memory. Raises InputError on what does not fit."""
+    """Print a line per kind of stage, and peak memory. Raises InputError on what does not fit."""
     config = experiments[0].config
-    gpu, name = (GPUS[config.gpu], config.gpu) if config.gpu else (device_here(), f"this {device().type}")
-    gpus = config.gpus or here()
-    if config.gpu and config.dtype != "bfloat16":
-        raise InputError(f"--dtype {config.dtype} --gpu {config.gpu}: the table of GPUs holds bfloat16 rates only")
-    plans = [(e, Plan(e.config, e.task, gpu, gpus)) for e in experiments]
-    p = plans[0][1]
-    costs, derived, needs = estimates(plans)
-    peaks = f"{gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, {gpu.link:.4g} GB/s to the others"
-    print0(f"{gpus} x {name}: {peaks}")
-    print0(f"assumed utilization, until measured: {', '.join(f'{k} {v}' for k, v in SHARES.items())}; {config.dtype}")
-    for role, m, spec in (("weak", p.weak, config.weak), ("strong", p.strong, config.strong)):
-        body = (
-            f"{m.blocks} blocks x (2 x {m.D} x ({m.Q} + {m.K}) + 3 x {m.D} x {m.F}) = {m.body / 1e9:.4g} G parameters"
-        )
-        kv = f"KV a token 2 x {m.blocks} x {m.K} x {p.e} B = {2 * m.blocks * m.K * p.e:,} B"
-        print0(f"{role} {spec}: {body}, embeddings {m.V} x {m.D} = {m.embeddings / 1e9:.3g} G; {kv}")
-    print0(f"\n{'task':20}{'stages':38}{'count':>6}{'samples':>10}{'M tokens':>10}{'PFLOP':>11}{'GB':>8}{'hours':>9}")
-    for (task, group), c in [*costs.items(), (("all", ""), sum(costs.values(), Counter()))]:
-        counted = f"{c['stages']:6}{c['samples']:10}{c['tokens'] / 1e6:10.1f}{c['flops'] / 1e15:11.1f}"
-        print0(f"{task:20}{group:38}{counted}{c['bytes'] / 1e9:8.2f}{c['hours']:9.3f}")
-    print0("\nhow (hours of the whole run; a group's are those of its runs):")
-    for (task, group), lines in derived.items():
-        for text in lines:
-            print0(f"  {task} {group}: {text}")
-    print0(f"\npeak memory a GPU, of {gpu.gb:.4g} GB x {SHARES['memory']}, of every kind in the task that needs most:")
-    for need in needs:
-        made_of = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in need.parts.items())
-        print0(f"  {need.what}: {made_of} = {need.gb:.1f} GB")
-    N = p.strong.body + p.strong.embeddings
-    loading = f"{gpus} x 4 B x {N / 1e9:.3g} G = {4 * gpus * N / 1e9:.3g} GB"
-    print0(f"host memory while a node of {gpus} loads the strong model: {loading}")
-    weights = sum(2 * (m.body + 2 * m.embeddings) for m in (p.weak, p.strong)) / 1e9
-    again = "as much again for first-generation Qwen, which is converted"
-    print0(f"disk beside the results: the models' weights, {weights:.3g} GB; {again}")
-    check(needs, gpu, name)
-
-
-def here() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
+    name, gpu, gpus = machine(config)
+    changes, usable = whole_groups(config, gpus), gpu.gb * ASSUMED_UTILIZATION["memory"]
+    print0(f"{gpus} x {name}: {gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, link {gpu.link:.4g} GB/s")
+    if changes:
+        print0(f"with {flags(changes)}, which `run` needs too: the groups asked for do not divide {gpus} GPUs")
+    weak, strong = (shape_of(ModelSpec.parse(spec)) for spec in (config.weak, config.strong))
+    for role, m in (("weak", weak), ("strong", strong)):
+        print0(f"{role}: N = {m.body / 1e9:.4g} G in {m.blocks} blocks, {m.V * m.D / 1e9:.3g} G in the embedding")
+    table: dict[tuple[str, str], Counter] = {}
+    texts: set[tuple] = set()  # that heads read: they become features once
+    for plan, work in works(experiments, gpu, gpus, changes):
+        cost, key = plan.cost(work), (plan.task, plan.kind(work))
+        if type(work).__name__ == "Run":
+            key = plan.task, f"{plan.kind(work)} {work.reads}" + f" t{work.turns}" * (work.turns > 0)
+            text = *key, getattr(work, "debate_seed", work.name)
+            cost = Counter(bytes=cost["bytes"]) if work.heads and text in texts else cost
+            texts.add(text)
+        table.setdefault(key, Counter()).update(cost + Counter(stages=1))
+    columns = "stages    M read M trained     PFLOP   k steps   ms/step        GB     hours  rest on"
+    print0(f"\n{'task':20}{'kind':34}{columns}")
+    for (task, kind), c in [*table.items(), (("all", ""), sum(table.values(), Counter()))]:
+        seconds = {k: c[k] for k in (*ASSUMED_UTILIZATION, "launches") if c[k]}
+        amounts = c["read"] / 1e6, c["trained"] / 1e6, c["flops"] / 1e15, c["steps"] / 1e3
+        amounts += 1e3 * c["stepping"] / max(1, c["steps"]), c["bytes"] / 1e9, sum(seconds.values()) / 3600
+        numbers = "".join(f"{x:10,.0f}" if x >= 1e4 else f"{x:10.4g}" for x in amounts)
+        rest = ", ".join(f"{k} {v / sum(seconds.values()):.0%}" for k, v in seconds.items())
+        print0(f"{task:20}{kind:30}{c['stages']:10}{numbers}  {rest}")
+    assumed = ", ".join(f"{k} {v}" for k, v in ASSUMED_UTILIZATION.items())
+    print0(f"{LEGEND}\nassumed, until measured: of the peaks {assumed}; launches {1e3 * LAUNCHES:.2g} ms per layer")
+    print0(f"\npeak memory per GPU, of {gpu.gb:.4g} GB x {ASSUMED_UTILIZATION['memory']}, in the task that needs most:")
+    most = peaks(experiments, gpu, gpus, changes)
+    for kind, (gb, plan, work) in most.items():
+        parts = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in plan.memory(work).items())
+        print0(f"  {plan.task} {kind}: {parts} = {gb:.1f} GB")
+    sizes = [2e-9 * (m.body + m.V * m.D * (2 - m.tied)) for m in (weak, strong)]  # in the bfloat16 of their files
+    print0(f"host memory while {gpus} processes load the strong model: {gpus * sizes[1]:.3g} GB, {sizes[1]:.3g} each")
+    print0(f"disk beside the results: models, {sum(sizes):.3g} GB; twice that where first-generation Qwen is converted")
+    gb, plan, work = max(most.values(), key=lambda peak: peak[0])
+    if config.measure:
+        compare(most)
+    elif gb > usable:
+        ways = fitting(experiments, gpu, gpus)
+        would = flags(ways) if ways else "a smaller model (--weak, --strong), or GPUs with more memory"
+        needs = f"{plan.task} {plan.kind(work)} needs {gb:.1f} GB per GPU"
+        raise InputError(f"{needs}, {name} has {gpu.gb:.4g} GB, {usable:.1f} to use; would fit: {would}")

@@ -4,30 +4,36 @@
 #   preset  models                                   machine                   aim        disk
 #   smoke   random two-layer, bytes                  any CPU                   2 min      20 MB
 #   tiny    SmolLM2-135M and its first 6 layers      2 CPU cores, 12 GB        38 min     1 GB
-#   small   Qwen2.5-0.5B -> Qwen2.5-1.5B             one GPU, 24 GB            4 h        10 GB
+#   small   Qwen2.5-0.5B -> Qwen2.5-1.5B             one GPU, 48 GB            4 h        10 GB
 #   paper   Qwen-7B -> Qwen-14B                      8 GPUs, 80 GB             3 days     210 GB  (estimate: w2s.py plan)
 #
-# auto takes paper with at least 4 GPUs of 70 GB, small with any GPU, tiny without. Flags go on to `python w2s.py run`
-# (see its --help). Run it again after an interruption: what is finished is not computed again.
+# auto takes the largest of paper, small and tiny that `w2s.py plan` finds to fit the GPUs that CUDA_VISIBLE_DEVICES leaves,
+# with the flags that it needs for that. Flags go on to `python w2s.py run` (see its --help). Run it again after an
+# interruption: what is finished is not computed again. It works in .venv, unless an environment is active or W2S_NO_VENV=1.
 set -euo pipefail
-preset=${1:-auto}
-[ $# -gt 0 ] && shift
-case $preset in
-auto | smoke | tiny | small | paper) ;;
-*) echo "error: preset '$preset': choose from auto, smoke, tiny, small, paper" >&2; exit 2 ;;
-esac
-. "$(dirname "$0")/setup.sh"
-
-if [ "$preset" = auto ]; then
-  memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true) # MiB, a line per GPU
-  if [ "$(awk '$1 >= 70000' <<<"$memory" | wc -l)" -ge 4 ]; then preset=paper why="at least 4 GPUs of 70 GB"
-  elif [ -n "$memory" ]; then preset=small why="a GPU"
-  else preset=tiny why="no GPU"; fi
-  echo "preset $preset: this machine has $why"
+cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ "${W2S_NO_VENV:-0}" != 1 ] && [ -z "${VIRTUAL_ENV:-}" ]; then
+  [ -x .venv/bin/python ] || python3 -m venv .venv
+  . .venv/bin/activate
+  for file in requirements.txt ${also:-}; do # each is installed again only when it has changed
+    cmp -s "$file" ".venv/${file//\//-}.installed" && continue
+    echo "installing $file into .venv"
+    pip install --quiet --disable-pip-version-check -r "$file"
+    cp "$file" ".venv/${file//\//-}.installed"
+  done
 fi
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-processes=$gpus
-if [ "$gpus" -eq 0 ] && [ "$preset" = tiny ] && [ "$(nproc)" -gt 1 ]; then # two runs side by side are 1.3 times as fast
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0 # sourced by tests/run.sh, for the environment
+
+preset=${1:-auto}
+shift $(($# > 0))
+if [ "$preset" = auto ]; then
+  chosen=$(python w2s.py plan --preset auto "$@")
+  read -r preset more <<<"$chosen"
+  set -- $more "$@"
+  echo "preset $preset $more"
+fi
+processes=$(python -c "import torch; print(torch.cuda.device_count())")
+if [ "$processes" = 0 ] && [ "$preset" = tiny ] && [ "$(nproc)" -gt 1 ]; then # two runs side by side are 1.3 times as fast
   processes=2
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / 2))}
 fi

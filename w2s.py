@@ -208,7 +208,7 @@ class Experiment:
         settings = TrainConfig(
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, aux_warmup=c.aux_warmup, checkpointing=c.checkpointing,
-            kernels=c.kernels, max_tokens_per_forward=c.max_tokens_per_forward,
+            kernels=c.kernels, max_tokens_per_forward=c.max_tokens_per_forward, compile=c.compile,
         )  # fmt: skip
         more["keep"] = more.get("keep", False) or c.keep_models
         return Run(name, spec, settings, part=part, order=c.transcript, heads=c.head_only, **more)
@@ -443,17 +443,24 @@ def main() -> None:
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
     given = parse_given(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
-    if sys.argv[1] != "plan" and (wrong := given.keys() & {"gpu", "gpus"}):
-        flags = " ".join(f"--{name} {given[name]}" for name in sorted(wrong))
-        raise InputError(f"{flags}: for `w2s.py plan` only; `run` takes the GPUs it has")
+    for_plan = {name: given[name] for name in ("gpu", "gpus", "measure") if name in given}
+    if given.get("preset") == "auto":
+        for_plan["preset"] = "auto"
+    if sys.argv[1] != "plan" and for_plan:
+        raise InputError(f"{estimate.flags(for_plan)}: for `w2s.py plan` only; `run` takes the GPUs it has")
     if "gpu" in given and given.get("dtype", "auto") == "auto":
         given["dtype"] = "bfloat16"
-    tasks = Config.of(**given).tasks
-    if given.get("show_config"):
-        for task in tasks:
+
+    def experiments(**more) -> list[Experiment]:
+        return [Experiment(Config.of(task, **given | more), task) for task in Config.of(**given | more).tasks]
+
+    if "preset" in for_plan:
+        estimate.choose_preset(lambda name: experiments(preset=name))
+    elif given.get("show_config"):
+        for task in Config.of(**given).tasks:
             show_config(given, task)
-        return
-    COMMANDS[sys.argv[1]]([Experiment(Config.of(task, **given), task) for task in tasks])
+    else:
+        COMMANDS[sys.argv[1]](experiments())
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import plan
+import sizes
 from common import InputError, print0, run_script
 from model import device, resolve_dtype
+from sizes import Shape
 
-SHAPES = plan.SHAPES | {"Qwen/Qwen2.5-7B": plan.Shape(3584, 28, 18944, 28, 4, 128, 152064)}
+SHAPES = sizes.SHAPES | {"Qwen/Qwen2.5-7B": Shape(3584, 28, 18944, 28, 4, 128, 152064)}
 
 
-def write_model(shape: plan.Shape, folder: Path) -> None:
+def write_model(shape: Shape, folder: Path) -> None:
     config = transformers.LlamaConfig(  # Qwen's but for biases; with a Qwen2Config its tokenizer class would take over
         head_dim=shape.d, vocab_size=shape.V, hidden_size=shape.D, intermediate_size=shape.F, num_hidden_layers=shape.blocks,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,

@@ -34,6 +34,7 @@ from bench.measure import DEVICE, GPU, launched, matmul_rate, profiled, spread, 
 from common import InputError, flag, parse_dataclass, read_samples, run_script
 from kernels import conf_loss
 from model import Classifier, ModelSpec, load_model, load_tokenizer, resolve_dtype
+from sizes import shape_of
 
 PROVIDERS = ("ours", "ours, kernels off", "openai 1", "openai 32")
 
@@ -128,9 +129,9 @@ def measure(provider: str, spec: ModelSpec, texts: list[str], labels: Tensor, co
 
 def planned(spec: ModelSpec, config: train.TrainConfig, tokens: int, longest: int) -> tuple[float, float]:
     """FLOPs per trained token, and GB at the peak of a step of so many tokens on one GPU, by plan.py."""
-    shape, e = plan.shape_of(spec), resolve_dtype("auto").itemsize
+    shape, e = shape_of(spec), resolve_dtype("auto").itemsize
     tokens = max(longest, min(tokens, config.max_tokens_per_forward))
-    parts = plan.finetuning_memory(shape, 1, tokens, longest, config.checkpointing, e, GPU)
+    parts = plan.finetuning_memory(shape, 1, tokens, longest, config.checkpointing, e, not GPU)
     return 6 * shape.body, sum(parts.values()) / 1e9
 
 

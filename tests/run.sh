@@ -3,7 +3,7 @@
 # GPU benchmark's dry run.
 set -euo pipefail
 also=tests/requirements.txt
-. "$(dirname "$0")/../setup.sh"
+. "$(dirname "$0")/../reproduce.sh"
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium chromium-browser google-chrome >/dev/null; then
   echo "installing chromium, in which report.html is tested"
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null \

@@ -1,0 +1,90 @@
+"""Sizes that plan.py knows without a download: of the tasks, the models, the GPUs."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from common import InputError
+from model import ModelSpec, load_config
+
+SIZES = {  # rows: train after the cap of 20,000, test; tokens of a sample: mean, most; of its evidence: mean, most
+    "sciq": (11_679, 1_000, 22, 100, 0, 0),
+    "sciq_evidence": (10_481, 884, 22, 100, 100, 900),
+    "boolq": (9_427, 3_270, 146, 1024, 0, 0),
+    "boolq_evidence": (9_427, 3_270, 14, 40, 132, 984),
+    "cosmos_qa": (20_000, 2_985, 102, 250, 0, 0),
+    "cosmos_qa_evidence": (20_000, 2_985, 30, 80, 72, 170),
+    "anthropic_hh": (20_000, 8_552, 153, 1024, 0, 0),
+    "anthropic_hh_mixed": (20_000, 8_552, 153, 1024, 0, 0),
+    "facts": (2_227, 1_076, 15, 30, 0, 0),
+    "facts_evidence": (2_227, 1_076, 15, 30, 12, 30),
+    "places": (791, 396, 15, 30, 0, 0),
+    "places_evidence": (791, 396, 15, 30, 12, 30),
+}
+
+
+class Shape(NamedTuple):
+    """A decoder of the Llama and Qwen families: width, blocks, MLP width, heads, heads of keys, head width, vocabulary."""
+
+    D: int
+    blocks: int
+    F: int
+    heads: int
+    kv_heads: int
+    d: int
+    V: int
+    tied: bool = False
+
+    @property
+    def body(self) -> int:
+        """Parameters of the blocks, without norms and biases."""
+        return self.blocks * (2 * self.D * self.d * (self.heads + self.kv_heads) + 3 * self.D * self.F)
+
+    @property
+    def kv(self) -> int:
+        """Elements of a token's keys and values."""
+        return 2 * self.blocks * self.kv_heads * self.d
+
+
+SHAPES = {  # of the presets' models, so that a plan needs no download
+    "Qwen/Qwen-7B": Shape(4096, 32, 11008, 32, 32, 128, 151936),
+    "Qwen/Qwen-14B": Shape(5120, 40, 13696, 40, 40, 128, 152064),
+    "Qwen/Qwen2.5-0.5B": Shape(896, 24, 4864, 14, 2, 64, 151936, True),
+    "Qwen/Qwen2.5-1.5B": Shape(1536, 28, 8960, 12, 2, 128, 151936, True),
+    "smollm2-135m": Shape(576, 30, 1536, 9, 3, 64, 49152, True),
+    "random-small": Shape(32, 2, 64, 4, 2, 8, 257, True),
+    "random-large": Shape(64, 2, 128, 4, 2, 16, 257, True),
+}
+
+
+def shape_of(spec: ModelSpec) -> Shape:
+    """From the table, or a local folder's config.json."""
+    if spec.name in SHAPES:
+        return SHAPES[spec.name]._replace(blocks=spec.layers or SHAPES[spec.name].blocks)
+    if not Path(spec.name).is_dir():
+        raise InputError(f"model {spec.name!r}: plan knows {', '.join(SHAPES)}, and local folders")
+    c = load_config(spec)
+    try:
+        heads, tied = c.num_attention_heads, c.tie_word_embeddings
+        d, kv_heads = getattr(c, "head_dim", None) or c.hidden_size // heads, getattr(c, "num_key_value_heads", heads)
+        return Shape(c.hidden_size, c.num_hidden_layers, c.intermediate_size, heads, kv_heads, d, c.vocab_size, tied)
+    except AttributeError as e:
+        raise InputError(f"model {spec.name!r}: plan needs a configuration like Llama's: {e}") from None
+
+
+class Gpu(NamedTuple):
+    """Peaks of one device: dense bfloat16 TFLOP/s, memory in GB, its GB/s, GB/s to the others one way."""
+
+    tflops: float
+    gb: float
+    gbps: float
+    link: float
+    cpu: bool = False
+
+
+GPUS = {  # NVIDIA's data sheets of the SXM and PCIe boards; without sparsity; link: NVLink, or PCIe 4.0 x16
+    "h100-80gb": Gpu(989, 80, 3350, 450),
+    "h200-141gb": Gpu(989, 141, 4800, 450),
+    "a100-80gb": Gpu(312, 80, 2039, 300),
+    "l40s-48gb": Gpu(362, 48, 864, 32),
+    "rtx4090-24gb": Gpu(165, 24, 1008, 32),
+}
