@@ -61,10 +61,10 @@ WORD_BY_WORD = {  # every word of these stands in the line
     ],
     DEBATE: [
         "--task ../sciq", "--protocol quarrel", "--seed one", "--turns 0", "--cache-tokens 0", "--max-new-tokens -1",
-        "--temperature inf", "--top-p nan", "--show -1", "--samples nowhere", "--strong nowhere",
+        "--temperature inf", "--top-p nan", "--show -1", "--samples nowhere",
     ],
     TRAIN: [
-        "--loss brier", "--lr inf", "--max-tokens 0", "--max-tokens-per-forward -5", "--aux-coef 1.5", "--warmup-frac nan",
+        "--los brier", "--loss brier", "--epochs two", "--batch-size 0", "--lr -1.0", "--lr inf", "--max-tokens 0", "--max-tokens-per-forward -5", "--aux-coef 1.5", "--warmup-frac nan",
         "--alpha -1.0", "--beta inf", "--aux-warmup steep", "--test nowhere",
     ],
     PREPARE: ["--task chess", "--limit-train -1"],
@@ -86,6 +86,7 @@ MORE_TOLD = [  # script, flags, what the line names beside
     (W2S, "--weak owner/name", ["owner/name"]),  # no network
     (W2S, "--strong ../nowhere", ["../nowhere", "no such folder"]),
     (W2S, "--chat", ["--chat", "random-large", "no chat template"]),
+    (DEBATE, "--strong nowhere", ["nowhere", "built in"]),
     (DEBATE, "--choices good.jsonl", ["--choices", "no other does"]),
     (TRAIN, "--out .", ["--out", "does not exist yet"]),
     (TRAIN, "--out " + 300 * "x", ["--out", "too long"]),

@@ -24,7 +24,7 @@ from transformers import masking_utils
 import generate
 import heads
 import model
-import plan
+import sizes
 import train
 from generate import DebateConfig, Debater, grouped_attention, sample
 from kernels import conf_loss, head
@@ -118,7 +118,7 @@ def launches(monkeypatch):
 
 
 def config_of(name: str):
-    s = plan.SHAPES[name]
+    s = sizes.SHAPES[name]
     return transformers.Qwen2Config(
         vocab_size=s.V, hidden_size=s.D, intermediate_size=s.F, num_hidden_layers=BLOCKS, num_attention_heads=s.heads,
         num_key_value_heads=s.kv_heads, tie_word_embeddings=s.tied, num_labels=2, pad_token_id=0, eos_token_id=0,
@@ -147,7 +147,7 @@ def fake_classifier(gpu, monkeypatch):
 
 @pytest.mark.parametrize("name", QWENS)
 def test_packed_attention_calls_flash_attention_as_it_asks_to_be(name, gpu):
-    s, T = plan.SHAPES[name], sum(LENGTHS)
+    s, T = sizes.SHAPES[name], sum(LENGTHS)
     _, _, where = model.pack([[1] * n for n in LENGTHS], torch.device("meta"))
     q, k, v = (
         torch.empty(1, T, h, s.d, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -164,7 +164,7 @@ def test_packed_attention_calls_flash_attention_as_it_asks_to_be(name, gpu):
 
 @pytest.mark.parametrize("name", QWENS)
 def test_float32_attention_is_padded_with_as_many_key_heads_as_query_heads(name, gpu):
-    s, T = plan.SHAPES[name], sum(LENGTHS)
+    s, T = sizes.SHAPES[name], sum(LENGTHS)
     _, _, where = model.pack([[1] * n for n in LENGTHS], torch.device("meta"))
     q, k, v = (torch.empty(1, h, T, s.d, device="meta", requires_grad=True) for h in (s.heads, s.kv_heads, s.kv_heads))
     asked = []
@@ -197,7 +197,7 @@ def test_a_finetuning_step(name, loss, fake_classifier, launches):
     adam = classifier.optimizer
     assert all(m.is_cuda and m.dtype == torch.float32 for m in adam.masters)
     assert [(g.shape, g.dtype) for g in adam.sums] == [(m.shape, torch.float32) for m in adam.of_rounded]
-    assert adam.rounded[0].grad is None and adam.params[-1].grad.shape == (2, plan.SHAPES[name].D)
+    assert adam.rounded[0].grad is None and adam.params[-1].grad.shape == (2, sizes.SHAPES[name].D)
     assert {p.dtype for p in classifier.model.base_model.parameters()} == {torch.bfloat16}
     adam.step(1e-5)
     assert {x.device.type for state in adam.adam.state.values() for x in state.values()} == {"meta"}
@@ -210,7 +210,7 @@ def test_a_batch_in_several_forwards(fake_classifier, launches):
     train.backward_batch(classifier, [[1] * n for n in LENGTHS], y, 0.5, config, 800)
     assert launches == 2 * ["forward_kernel"] + ["loss_kernel"] + 2 * ["forward_kernel", "backward_kernel"]
     assert all(p.grad is None for p in classifier.optimizer.rounded)
-    assert classifier.features([[1, 2], [3]]).shape == (2, plan.SHAPES[QWENS[0]].D)
+    assert classifier.features([[1, 2], [3]]).shape == (2, sizes.SHAPES[QWENS[0]].D)
 
 
 def test_a_step_of_many_heads(gpu, launches, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_step_of_many_heads(gpu, launches, monkeypatch):
 @pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.4, 1.0), (0.4, 0.9)])
 @pytest.mark.parametrize("name", QWENS)
 def test_sampling(name, temperature, top_p, gpu):
-    logits = torch.empty(128, plan.SHAPES[name].V, device="meta")
+    logits = torch.empty(128, sizes.SHAPES[name].V, device="meta")
     keys = torch.empty(128, dtype=torch.long, device="meta")
     with LikelyTrue():
         token = sample(logits, keys, temperature, top_p)
@@ -239,7 +239,7 @@ def test_sampling(name, temperature, top_p, gpu):
 
 @pytest.mark.parametrize("name", QWENS)
 def test_attention_of_a_new_token_copies_no_key(name, gpu):
-    s, B, T = plan.SHAPES[name], 128, 704
+    s, B, T = sizes.SHAPES[name], 128, 704
     q = torch.empty(B, s.heads, 1, s.d, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(B, s.kv_heads, T, s.d, dtype=torch.bfloat16, device="meta") for _ in range(2))
     mask = torch.empty(B, 1, 1, T, dtype=torch.bool, device="meta")
@@ -261,7 +261,7 @@ def test_attention_of_a_new_token_copies_no_key(name, gpu):
 
 @pytest.mark.parametrize("name", QWENS)
 def test_prefill_and_decode_steps(name, gpu, monkeypatch):
-    s, debater = plan.SHAPES[name], Debater.__new__(Debater)
+    s, debater = sizes.SHAPES[name], Debater.__new__(Debater)
 
     def load_model(spec, auto_class, dtype, attention, parallel):
         with torch.device("meta"):

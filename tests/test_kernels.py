@@ -17,7 +17,6 @@ import triton.language as tl
 from conftest import ROOT
 from torch.testing import assert_close
 
-import plan
 import train
 from bench import debates, measure, steps
 from bench import kernels as bench
@@ -25,6 +24,7 @@ from common import InputError, write_jsonl
 from generate import DebateConfig, Debater
 from kernels import conf_loss, head, resolve
 from model import Classifier, ModelSpec, device
+from sizes import SHAPES
 
 DEVICE = device()
 pytestmark = [
@@ -259,9 +259,9 @@ def test_a_profile_counts_launches_and_waits_of_one_step(samples):
 
 def test_a_step_is_held_against_plan():
     flops, gb = steps.planned(ModelSpec("smollm2-135m"), train.TrainConfig(), 3000, 100)
-    shape = plan.SHAPES["smollm2-135m"]
+    shape = SHAPES["smollm2-135m"]
     assert flops == 6 * 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536)  # of the blocks' matrices
-    assert gb > 16 * (shape.body + shape.embeddings) / 1e9
+    assert gb > 16 * (shape.body + shape.V * shape.D) / 1e9
     assert steps.planned(ModelSpec("smollm2-135m"), train.TrainConfig(), 6000, 100)[1] > gb
 
 

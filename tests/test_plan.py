@@ -163,14 +163,14 @@ def planned(spec: ModelSpec, **given) -> plan.Plan:
 
 @pytest.mark.parametrize("dtype, checkpointing", [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_memory_of_a_finetuning_is_what_was_measured(spec, dtype, checkpointing):
-    """Peaks of what torch allocates on a CPU, which keeps scores and pretrained weights too, within 15%."""
+    """Peaks of what torch allocates on a CPU, which keeps scores too, within 15%."""
     config = train.TrainConfig(epochs=2, batch_size=8, checkpointing=checkpointing, kernels="reference")
 
     def finetune() -> None:
         classifier = model.Classifier(spec, 2, getattr(torch, dtype), "reference")
         train.finetune(classifier, ["x" * 128] * 8, torch.full((8, 2), 0.5), config)
 
-    run = w2s.Run("strong", spec, "nothing", 0, ("test",), config, heads=False, keep=False)
+    run = w2s.Run("strong", spec, config, predicts=("test",))
     parts = planned(spec, dtype=dtype, checkpointing=checkpointing).memory(run)
     assert sum(parts.values()) == pytest.approx(peak(finetune), rel=0.15), parts
 
@@ -188,7 +188,7 @@ def test_memory_of_debates_is_what_was_measured(spec):
         columns.append(len(debate.encode_question(debater, "sciq", "debate", samples[0])) + 2 * said + asked + 16)
 
     measured = peak(decode)
-    work = w2s.Debates("debate", dict.fromkeys(range(4), 3), spec)
+    work = w2s.Debates("debate", spec, dict.fromkeys(range(4), 3))
     of_run = planned(spec, dtype="float32", max_new_tokens=16, cache_tokens=32 * columns[0])
     of_run.mean = (300, 0)
     parts = of_run.memory(work)

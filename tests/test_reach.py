@@ -66,11 +66,10 @@ def edited(tmp_path, monkeypatch):
 
 
 def mutated(text: str, name: str) -> str:
-    """The source with one more statement at the beginning of a function or method."""
+    """The source with one more statement at the beginning of the first function or method of that name."""
     tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            node.body.insert(0, ast.parse("edited = 1").body[0])
+    function, *_ = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]
+    function.body.insert(0, ast.parse("edited = 1").body[0])
     return ast.unparse(tree)
 
 
@@ -97,7 +96,8 @@ BY_FUNCTION = {  # written by hand, from the paper's steps
     "train.py batches": TRAINED - {"market_making"},
     "train.py logconf": {"student aux"},
     "train.py product": set(),
-    "kernels/conf_loss.py hardening_threshold": TRAINED - {"market_making"},
+    "kernels/conf_loss.py quantile": {"student aux"},
+    "kernels/conf_loss.py select_quantile": TRAINED - {"market_making"},
     "model.py packed_attention": TRAINED,
     "steps.py average_labels": {"labels"},
     "steps.py read_sides": {"sides"},

@@ -19,7 +19,8 @@ TRAINED = WEAK | STRONG
 
 # Written by hand, from the paper's steps: what reads a field, and what a kind of stage is made from.
 READ_BY = {
-    "--lr 0.5": STRONG,
+    "--lr 0.5": TRAINED,  # the weak model follows
+    "--lr 0.5 --weak-lr 0.01": STRONG,
     "--weak-lr 0.5": WEAK,
     "--epochs 3": TRAINED,
     "--batch-size 3": TRAINED,
