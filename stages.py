@@ -139,6 +139,7 @@ class Stage:
             return False
         start = time.time()
         cost = self.make(self.folder, ranks, *more) if self.on_all_ranks or ranks.rank == 0 else {}
+        ranks.barrier()  # the manifest is of what all of them wrote
         if ranks.rank == 0:
             self.finish(*begun, {"seconds": round(time.time() - start, 3), **cost})
         ranks.barrier()
