@@ -49,7 +49,8 @@ def save(model, tokenizer, folder: Path) -> None:
 
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
-    save_torch_state_dict(model.state_dict(), folder)
+    tied = list(model._tied_weights_keys or [])  # the head where it is the embedding: that name is not written
+    save_torch_state_dict(model.state_dict(), folder, shared_tensors_to_discard=tied)
     tokenizer.save_pretrained(folder)
 
 
