@@ -5,6 +5,8 @@ import importlib.util
 import math
 from pathlib import Path
 
+import torch
+
 import data.prepare
 from common import ROOT, InputError, flag, print0
 from generate import DebateConfig
@@ -89,7 +91,8 @@ PRESETS = {
     ),
     "tiny": dict(
         tasks=("places_evidence", "places"), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=440,
-        lr=2e-4, weak_lr=3e-4, batch_size=16, max_new_tokens=16, chat=True, dtype="bfloat16", cache_tokens=65536,
+        lr=2e-4, weak_lr=3e-4, batch_size=16, max_new_tokens=16, chat=True, cache_tokens=65536,
+        dtype="bfloat16" if torch.cpu._is_avx512_bf16_supported() else "auto",  # twice as fast there, 5 times slower elsewhere
         weak_gpus=1, strong_gpus=1,  # under several processes each trains a model of its own
         methods=(*TABLE_METHODS, "ensemble_2", "turns_1", "turns_2"),
     ),
@@ -155,7 +158,7 @@ class Config:
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     json: bool = flag(False, "status as JSON", bool)
     tensorboard: bool = flag(
-        False, "training curves for TensorBoard too, in <out>/tensorboard (needs the package)", bool
+        False, "draw training curves for TensorBoard while they train, in <out>/tensorboard (needs the package)", bool
     )
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)

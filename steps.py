@@ -61,6 +61,7 @@ class Run:
     labels: Path | None = None
     predicts: tuple[str, ...] = ("train_b", "test")
     keep: bool = False
+    tensorboard: bool = False
     heads: bool = False
 
     def same_texts(self, other: "Run") -> bool:
@@ -214,9 +215,9 @@ def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, he
     """Finetune, predict, and keep the model where asked."""
     classifier = held.classifier(run.model, run.train, ranks)
     rows = labelled(files, run, read)
-    cost = train.finetune(
-        classifier, [r["text"] for r in rows], train.soft_labels(rows, 2), run.train, out / "steps.jsonl"
-    )
+    tracker = tensorboard(files, run) if run.tensorboard and ranks.rank == 0 else None
+    texts, labels = [r["text"] for r in rows], train.soft_labels(rows, 2)
+    cost = train.finetune(classifier, texts, labels, run.train, out / "steps.jsonl", tracker)
     for part in run.predicts:
         rows = read(run, files, part)
         probs = train.predict(classifier, [r["text"] for r in rows], run.train)
@@ -225,6 +226,20 @@ def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, he
     if run.keep:
         save_model(classifier, out / "model", run.train, f"{files.task}, {run.name}")
     return {name: value for name, value in cost.items() if name != "log"}
+
+
+def tensorboard(files: Files, run: Run) -> train.Tracker:
+    """Curves of a run for TensorBoard, as it trains."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(files.folder.parent / "tensorboard" / files.task / run.name)
+
+    def track(row: dict) -> None:
+        for name in row.keys() - {"step"}:
+            writer.add_scalar(name, row[name], row["step"])
+        writer.flush()
+
+    return track
 
 
 def labelled(files: Files, run: Run, read: Callable) -> list[dict]:

@@ -134,6 +134,8 @@ def split_over_ranks(lengths: list[int], max_tokens: int, n_ranks: int) -> list[
 
 # ---- the loop ----
 
+Tracker = Callable[[dict], None]  # is called with each row of the log: a curve on another screen
+
 
 def lr_at(step: int, n_steps: int, peak: float) -> float:
     """Cosine from the peak at step 0 to zero at step n_steps."""
@@ -148,13 +150,14 @@ def batches(n: int, config: TrainConfig) -> Iterator[list[int]]:
 
 
 def finetune(
-    classifier: Classifier, texts: list[str], labels: Tensor, config: TrainConfig, steps_file: Path | None = None
-) -> dict:
+    classifier: Classifier, texts: list[str], labels: Tensor, config: TrainConfig, steps_file: Path | None = None,
+    tracker: Tracker | None = None,
+) -> dict:  # fmt: skip
     """Train `classifier` from its pretrained weights on soft labels [N, K]; returns tokens, steps, cut inputs and the log.
 
     The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are, to rounding. Two
     equal runs give the same bits in float32; in bfloat16 on a GPU, FlashAttention's backward adds in no fixed order.
-    Rows of the log go to `steps_file` as training goes on. Raises ValueError on labels that are no probabilities,
+    Rows of the log {step, loss, lr, tokens, seconds} go to `steps_file` and `tracker` as training goes on. Raises ValueError on labels that are no probabilities,
     FloatingPointError on a loss that is not finite.
     """
     check_labels(labels, len(texts))
@@ -164,7 +167,7 @@ def finetune(
     if classifier.kernels != "reference":
         check_kernel(config, classifier.kernels, dev)
     schedule, max_tokens, n_tokens = list(batches(len(samples), config)), config.max_tokens_per_forward, 0
-    log = StepLog(f"finetune {classifier.spec.name}", len(schedule), steps_file, classifier.ranks)
+    log = StepLog(f"finetune {classifier.spec.name}", len(schedule), steps_file, tracker, classifier.ranks)
     for step, batch in enumerate(tqdm(schedule, desc=log.name, leave=False, disable=classifier.ranks.rank > 0 or None)):
         tokens, y = [samples[i] for i in batch], to_device(labels[batch], dev)
         loss, max_tokens = backward_that_fits(classifier, tokens, y, step / len(schedule), config, max_tokens)
@@ -183,9 +186,11 @@ class StepLog:
     Reading a loss synchronises with the GPU: there it is done every 20 steps, or after 5 s.
     """
 
-    def __init__(self, name: str, n_steps: int, file: Path | None = None, ranks: Ranks = ALONE):
+    def __init__(
+        self, name: str, n_steps: int, file: Path | None = None, tracker: Tracker | None = None, ranks: Ranks = ALONE
+    ):  # fmt: skip
         self.name, self.n_steps, self.ranks, self.start = name, n_steps, ranks, time.time()
-        self.file = file if ranks.rank == 0 else None
+        self.file, self.tracker = (file, tracker) if ranks.rank == 0 else (None, None)
         self.rows: list[dict] = []
         self.pending_losses: list[Tensor] = []
         self.read_at, self.printed = 0.0, 0  # seconds; twentieths of the run
@@ -208,6 +213,8 @@ class StepLog:
         if self.file:
             with open(self.file, "a", encoding="utf-8") as f:
                 f.write("".join(map(dump_row, fresh)))
+        for r in fresh if self.tracker else ():
+            self.tracker(r)
         if int(20 * done) > self.printed and seconds / done >= 20:
             self.printed = int(20 * done)
             with tqdm.external_write_mode():

@@ -46,7 +46,6 @@ from debate import PROTOCOLS
 from generate import DebateConfig
 from model import ModelSpec, load_tokenizer
 from reach import reached
-from report.figures import write_tensorboard
 from report.page import write
 from report.rows import Reported, collect
 from stages import Stage, State, digest, is_locked, locked, read_manifest, settings_of
@@ -59,7 +58,7 @@ from train import TrainConfig
 # their weights, what reports progress, and descriptions of the work.
 APART = (
     "LOSSES", "READ", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
-    "StepLog", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
+    "StepLog", "tensorboard", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
 )  # fmt: skip
 
 
@@ -211,7 +210,9 @@ class Experiment:
             kernels=c.kernels, max_tokens_per_forward=c.max_tokens_per_forward, compile=c.compile,
         )  # fmt: skip
         more["keep"] = more.get("keep", False) or c.keep_models
-        return Run(name, spec, settings, part=part, order=c.transcript, heads=c.head_only, **more)
+        return Run(
+            name, spec, settings, part=part, order=c.transcript, tensorboard=c.tensorboard, heads=c.head_only, **more
+        )  # fmt: skip
 
     def finetuning(self, run: Run) -> Stage:
         """The stage of a run: its probabilities on each part that it predicts, in predictions/<name>."""
@@ -380,8 +381,6 @@ def write_report(experiments: list[Experiment]) -> None:
     shown = {n: m.shown for n, m in METHODS.items()}
     report = collect(Path(config.out), [run for e in experiments for run in e.runs_to_report()], labels, shown)
     write(report, results_folder(config))
-    if config.tensorboard:
-        write_tensorboard(report, results_folder(config) / "tensorboard")
     if report.stale:
         print0(
             f"note: {report.stale} runs were made with other settings or inputs than these; `status` says with which"

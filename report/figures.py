@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from common import read_jsonl, write_text
+from common import write_text
 from report.rows import Report
 
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
@@ -138,17 +138,3 @@ def write_figures(report: Report, into: Path) -> list[Path]:
             write_text(paths[-2], "\n".join(lines) + "\n")
             draw((4.5 * len(panels), 3.4), panels).savefig(paths[-1], **PNG)
     return paths
-
-
-def write_tensorboard(report: Report, into: Path) -> None:
-    """The steps of every run that is not there yet."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    for row in report.rows:
-        steps = (report.out / row["predictions"]).with_name("steps.jsonl")
-        folder = into / row["task"] / f"{steps.parent.name}-{row['digest']}"
-        if steps.exists() and not folder.exists():
-            with SummaryWriter(folder) as writer:
-                for step in read_jsonl(steps):
-                    for name in step.keys() - {"step"}:
-                        writer.add_scalar(name, step[name], step["step"])
