@@ -210,7 +210,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def align_by_id(rows: list[dict], ids: list[str], what: str) -> list[dict]:
-    """The rows in the order of `ids`. Raises InputError when an id is missing, extra or there twice."""
+    """The rows in the order of `ids`. Raises InputError when an id is missing, extra or a duplicate."""
     table = {str(r.get("id")): r for r in rows}
     if len(table) != len(rows) or table.keys() != set(ids):
         odd = sorted(table.keys() ^ set(ids))[:3]

@@ -2,7 +2,7 @@
 
     python debate.py --task sciq --samples train_a.jsonl --strong Qwen/Qwen2.5-1.5B --seed 0 1 2 3 --turns 3 --out DIR
     python debate.py --task facts --samples train_a.jsonl --protocol consultancy --out DIR --show 3
-    torchrun --nproc-per-node 8 debate.py ...       one replica of the model a GPU, the same transcripts
+    torchrun --nproc-per-node 8 debate.py ...       one copy of the model per GPU, the same transcripts
 
 Reads rows with id, text and, where only the debaters hold one, evidence; writes seed<k>.jsonl to --out: id, sides (what each turn argues for, 0 or 1), turns
 (texts), n_tokens (generated, each turn). Finished samples are appended, so a killed run continues.

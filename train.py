@@ -93,7 +93,7 @@ class TrainConfig:
     loss: str = flag("xent", "what the soft labels are trained with", choices=tuple(LOSSES))
     lr: float = flag(1e-5, "peak learning rate; cosine to zero, no warm-up", float)
     epochs: int = flag(2, "passes over the training samples", int)
-    batch_size: int = flag(32, "samples an optimizer step", int)
+    batch_size: int = flag(32, "samples per optimizer step", int)
     seed: int = flag(0, "order of the samples", int)
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip

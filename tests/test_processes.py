@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import call, finish, run, start
+from safetensors.torch import load_file
 from test_robust import die_at
 
 from common import Ranks, read_jsonl, world, write_jsonl
+from data.models import builtin_folder
 from generate import DebateConfig, ShardedDebater
 from stages import Stage
 
@@ -34,6 +36,20 @@ def test_a_stage_is_made_by_one_rank_or_shared_by_all(tmp_path):
     for shared, files in ((False, ["made0"]), (True, ["made0", "made1"])):
         manifest = json.loads((tmp_path / f"shared{shared}/manifest.json").read_text())
         assert sorted(manifest["outputs"]) == files and manifest["tokens"] == 5
+
+
+def make_model(folder: Path) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    if world().rank == 0:
+        world().barrier()  # the other rank is first
+    assert "model.embed_tokens.weight" in load_file(builtin_folder("random-small") / "model.safetensors")
+    if world().rank == 1:
+        world().barrier()
+
+
+def test_any_rank_can_make_a_built_in_model(tmp_path):
+    finish(start(2, make_model, tmp_path))
+    assert [p.name for p in (tmp_path / "w2s").iterdir() if p.is_dir()] == ["random-small"]
 
 
 # ---- debates ----
