@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common import ROOT
+from common import ROOT, InputError
 
 
 @dataclasses.dataclass
@@ -116,6 +116,10 @@ def reached(roots: list[Callable], apart: tuple[str, ...] = ()) -> dict[str, str
     """
     found: dict[str, str] = {}
     main = Path(getattr(sys.modules["__main__"], "__file__", "") or "").stem
+    if unnamed := next((f for f in roots if "<" in f.__qualname__), None):
+        raise InputError(
+            f"{unnamed.__module__}: a lambda cannot be told from its edits; give the function a name (def)"
+        )
     todo = [(main if f.__module__ == "__main__" else f.__module__, f.__qualname__.split(".")[0]) for f in roots]
     while todo:
         module, name = todo.pop()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import reach
-from common import ALONE, ROOT
+from common import ALONE, ROOT, InputError
 from steps import Held
 from w2s import APART, Config, Experiment
 
@@ -158,3 +158,8 @@ def test_all_that_runs_is_in_the_code_of_the_stage(tmp_path):
         sys.setprofile(None)
         stage.finish(*begun, {"seconds": 0, **cost})
         assert ran <= stage.code.keys(), stage.folder
+
+
+def test_a_function_without_a_name_is_refused():
+    with pytest.raises(InputError, match="give the function a name"):
+        reach.reached([lambda row: row])
