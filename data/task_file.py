@@ -15,7 +15,8 @@ The first line may say how the task is put to the debaters. Each part of it may 
 
     {"wording": {"shown": "There is a film review.", "claim": "the review is {side}", "sides": ["negative", "positive"]}}
 
-`sides` are the names of class 0 and class 1; `debated`, what the debate is about, follows from the claim.
+`sides` are the names of class 0 and class 1; `debated`, what the debate is about, follows from the claim. A preset's limits
+(--limit-train, --limit-test) hold for the file too.
 """
 
 import gzip
@@ -109,7 +110,7 @@ def wording_faults(given: object) -> Iterator[str]:
         yield f"wording {str(given)[:60]}: an object with some of {', '.join(WORDING)} is needed"
     for part in given.keys() - {"sides"}:
         if not is_text(given[part]):
-            yield f"{part} {str(given[part])[:40]!r}: a text is needed"
+            yield f"{part} {given[part]!r:.40}: a text is needed, in quotes"
     claim, sides = given.get("claim", "it is {side}"), given.get("sides", ["no", "yes"])
     if not re.fullmatch(r"[^{}]*\S \{side\}", claim):
         yield f"claim {claim[:60]!r}: it must end with {{side}}, as in 'the answer is {{side}}'"
@@ -121,7 +122,7 @@ def row_faults(row: dict, first: dict) -> Iterator[str]:
     """What is wrong with a row, in itself or beside the first one."""
 
     def of(field: str) -> str:
-        return f"{field} {str(row[field])[:40]!r}" if field in row else f"no {field}"
+        return f"{field} {row[field]!r:.40}" if field in row else f"no {field}"
 
     if ("text" in row) == bool({"question", "answer"} & row.keys()):
         yield f"either text, or question and answer, is needed; the row has {', '.join(row)[:80] or 'nothing'}"
