@@ -171,11 +171,9 @@ READS_EVIDENCE = ("transcripts", "evidence.jsonl", "weak-debate", "weak-evidence
                   "strong-ours", "strong-evidence", "zero-shot-evidence")  # fmt: skip
 
 
-def own_rows(shift: int = 0) -> list[dict]:
-    """Sixty statements with evidence; `shift` exchanges it."""
-    return [
-        {"text": f"{n} is even", "label": 1 - n % 2, "evidence": f"it ends in {(n + shift) % 10}"} for n in range(60)
-    ]
+def own_rows(evidence: str = "it ends in {}") -> list[dict]:
+    """Sixty statements with evidence."""
+    return [{"text": f"{n} is even", "label": 1 - n % 2, "evidence": evidence.format(n % 10)} for n in range(60)]
 
 
 def test_a_task_file_is_a_task_like_the_others(copied, tmp_path, capsys):
@@ -207,11 +205,12 @@ def test_a_task_file_is_a_task_like_the_others(copied, tmp_path, capsys):
 
 def test_evidence_of_a_task_file_reaches_those_who_debate_and_the_bound_alone(tmp_path):
     made = []
-    for shift in (0, 1):
-        write_jsonl(tmp_path / f"{shift}/own.jsonl", own_rows(shift))
-        flags = [tmp_path / f"out{shift}", "--task-file", tmp_path / f"{shift}/own.jsonl"]
+    for evidence in ("it ends in {}", "THE LAST OF ITS DIGITS IS {}, AS ALL CAN SEE"):
+        write_jsonl(tmp_path / "own.jsonl", own_rows(evidence))
+        out = tmp_path / f"out {len(made)}"
+        flags = [out, "--task-file", tmp_path / "own.jsonl"]
         assert run("w2s", *OWN, *flags, "--methods", "finetune", "no_argument", "ours", "evidence") == 0
-        made.append({n: f for n, f in products(tmp_path / f"out{shift}").items() if n.endswith(".jsonl")})
+        made.append({n: f for n, f in products(out).items() if n.endswith(".jsonl")})
     assert made[0].keys() == made[1].keys()
     changed = {n for n in made[0] if made[0][n] != made[1][n]}
     assert changed == {n for n in made[0] if any(word in n for word in READS_EVIDENCE)}
