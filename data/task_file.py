@@ -9,9 +9,9 @@ or, all through the file, one `text` that is true or false. A row may have more,
 
     id        a name or number of its own, by which results are matched; otherwise it is made from the text
     evidence  what the debaters read and nobody else; in all rows or in none
-    split     train or test; in all rows or in none. Otherwise a fifth of the rows, the same each time, is the test split
+    split     train or test; in all rows or in none. Otherwise a fifth of the rows is the test split
 
-The first line may say how the task is put to the debaters. Each part of it may be left out:
+Rows on the same question stay together, in the test split or in one half of the rest. The first line may say how the task is put to the debaters. Each part of it may be left out:
 
     {"wording": {"shown": "There is a film review.", "claim": "the review is {side}", "sides": ["negative", "positive"]}}
 
@@ -83,7 +83,8 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         zeros, ones = (sum((r["split"], r["label"]) == (split, label) for r in rows) for label in (0, 1))
         if not zeros or not ones:
             raise InputError(
-                f"{path}: the {split} split has {zeros} rows with label 0 and {ones} with label 1; both labels are needed"
+                f"{path}: the {split} split has {zeros} rows with label 0 and {ones} with label 1; both labels are needed "
+                f"(rows on the same question stay together)"
             )
     wording = DEFAULT["text" if "text" in first else "question"] | given
     zero, one = wording["sides"]
