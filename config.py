@@ -119,6 +119,9 @@ class Config:
 
     preset: str = flag("tiny", "sizes and models; auto: for `plan` only", choices=(*PRESETS, "auto"))
     tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
+    task_file: str | None = flag(
+        None, "a task of your own, JSON lines as data/task_file.py says; --tasks adds others to it"
+    )
     methods: tuple = flag(tuple(METHODS), "rows and points of the tables and figures", choices=tuple(METHODS))
     seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
     weak: str = flag("", "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")

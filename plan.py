@@ -24,6 +24,14 @@ ASSUMED_UTILIZATION = {"training": 0.4, "reading": 0.4, "bandwidth": 0.3, "link"
 LAUNCHES = 0.3e-3  # seconds per layer that a decode step takes at least on a GPU, however few its rows: assumed too
 
 
+def sizes_of(splits: list[list[dict]]) -> tuple[int, ...]:
+    """The line in SIZES of a task's rows {text, evidence}, train and test: its tokens by its characters."""
+    lengths = [
+        [math.ceil(len(r.get(f, "")) / CHARACTERS) for rows in splits for r in rows] for f in ("text", "evidence")
+    ]
+    return *map(len, splits), *(n for of in lengths for n in (math.ceil(sum(of) / len(of)), max(of)))
+
+
 class Plan:
     """Costs of a task's stages under `config` on `gpus` of `gpu`. Of a stage, `work` says what it does (w2s.py)."""
 

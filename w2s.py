@@ -3,6 +3,7 @@
     python w2s.py run --preset smoke                                          two minutes on a CPU, random models
     python w2s.py run --preset tiny                                           a real small model on a CPU
     python w2s.py run --preset small --tasks sciq --methods finetune ours     one GPU, two rows of Table 2
+    python w2s.py run --preset small --task-file mytask.jsonl                 your own data (data/task_file.py)
     torchrun --nproc-per-node 8 w2s.py run ...                                every stage on 8 GPUs
     python w2s.py plan | status | report  (same flags)                        what would run | what is done | tables again
 
@@ -48,6 +49,7 @@ from model import ModelSpec, load_tokenizer
 from reach import reached
 from report.page import write
 from report.rows import Reported, collect
+from sizes import SIZES
 from stages import Stage, State, digest, is_locked, locked, read_manifest, settings_of
 from steps import Debates, Files, Held, Run, ZeroShot
 from train import TrainConfig
@@ -98,9 +100,9 @@ class Experiment:
         """The samples: train_a for the weak models, train_b for the strong one, and test."""
         c, task = self.config, data.prepare.TASKS[self.task]
         limits = {"limit_train": c.limit_train, "limit_test": c.limit_test, "max_tokens": c.max_sample_tokens}
-        row = {k: v for k, v in vars(task).items() if k not in ("formatter", "wording")}
+        row = {k: v for k, v in vars(task).items() if k not in ("formatter", "wording", "file")}
         made_with = {
-            "data_dir": c.data_dir and "local",
+            "data_dir": None if task.file else c.data_dir and "local",
             "tokenizers": [tokenizer_identity(m) for m in (self.weak, self.strong)],
         }
         return Stage(
@@ -319,10 +321,22 @@ def tokenizer_identity(spec: ModelSpec) -> str:
 
 def source_files(task: str, data_dir: str | None) -> list[Path]:
     """The local files that a task's samples come from."""
-    if data.prepare.TASKS[task].tables:
+    entry = data.prepare.TASKS[task]
+    if entry.tables:
         return data.prepare.fact_tables(task)
-    splits = ("train", data.prepare.TASKS[task].test_split)
+    if entry.file:
+        return [entry.file]
+    splits = ("train", entry.test_split)
     return [data.prepare.source_path(task, split, Path(data_dir)) for split in splits] if data_dir else []
+
+
+def add_task(path: Path) -> str:
+    """Make a task file a task like the others, for this process; returns its name."""
+    name, task = data.prepare.task_of_file(path)
+    data.prepare.TASKS[name], debate.PROMPTS[name] = task, task.wording
+    caps = {"train": data.prepare.TRAIN_CAP, "test": data.prepare.TEST_CAP}
+    SIZES[name] = estimate.sizes_of([data.prepare.load_rows(name, split, None)[:n] for split, n in caps.items()])
+    return name
 
 
 # ---- commands ----
@@ -401,7 +415,8 @@ def states(experiments: list[Experiment]) -> list[dict]:
             rows.append({"stage": name, "state": known, "why": why if state is State.STALE else [], "seconds": seconds})
     spent: dict[str, list[float]] = {}
     for row in rows:
-        row["like"] = row["stage"].split("-")[0]  # task/predictions/weak, task/weak_labels/ours/seed0
+        folder, _, name = row["stage"].rpartition("/")
+        row["like"] = folder, name.split("-")[0]  # task/predictions and weak, task/weak_labels/ours and seed0
         if row["state"] == "done" and row["seconds"] is not None:
             spent.setdefault(row["like"], []).append(row["seconds"])
     for row in rows:
@@ -442,6 +457,8 @@ def main() -> None:
             return
         raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
     given = parse_given(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
+    if "task_file" in given:
+        given["tasks"] = (add_task(Path(given["task_file"])), *given.get("tasks", ()))
     for_plan = {name: given[name] for name in ("gpu", "gpus", "measure") if name in given}
     if given.get("preset") == "auto":
         for_plan["preset"] = "auto"

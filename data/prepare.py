@@ -18,6 +18,7 @@ from random import Random
 
 import common
 from common import InputError, flag, read_jsonl, stable_hash, write_jsonl, write_text
+from data import task_file
 
 NONE_OF_THE_ABOVE = "None of the above choices"
 
@@ -62,6 +63,11 @@ def anthropic_hh(row: dict, coin: Random) -> tuple[str, int]:
     return row["chosen" if label else "rejected"], label
 
 
+def as_given(row: dict, coin: Random) -> tuple[str, int]:
+    """Of a task file: nothing is drawn."""
+    return row["text"], row["label"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Wording:
     """How a task is put to the debaters: what is shown, what is debated, the sides of class 0 and class 1, the claim."""
@@ -94,6 +100,7 @@ class Task:
     source: str = ""  # folder name under --data-dir, if not the task's
     tables: tuple[str, ...] = ()  # of data/facts
     any_rows: bool = False  # draw the 20,000 rows from the whole split, not from its head
+    file: Path | None = None  # a task file, which holds both splits (data/task_file.py)
 
 
 SCIQ_FIELDS = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
@@ -132,6 +139,17 @@ TASKS["cosmos_qa_evidence"] = dataclasses.replace(TASKS["cosmos_qa_evidence"], f
 TRAIN_CAP, TEST_CAP = 20_000, 10_000  # OpenAI's: the first rows of the source, before any shuffle
 
 
+def task_of_file(path: Path) -> tuple[str, Task]:
+    """Name and entry of a task file. Raises InputError where the file is none, or named as a task that is here."""
+    name = task_file.task_name(path)
+    if name in TASKS and not TASKS[name].file:
+        raise InputError(f"--task-file {path}: {name} is a task of this repository; rename the file")
+    wording, rows = task_file.read(path)
+    wording = Wording(**wording | {"sides": tuple(wording["sides"])})
+    evidence = "evidence" if "evidence" in rows[0] else ""
+    return name, Task(as_given, wording, ("text",), ("text",), evidence, any_rows=True, file=path)
+
+
 # ---- sources ----
 
 
@@ -140,6 +158,8 @@ def load_rows(name: str, split: str, data_dir: Path | None) -> list[dict]:
     task = TASKS[name]
     if task.tables:
         return facts(fact_tables(name), split)
+    if task.file:
+        return [row for row in task_file.read(task.file)[1] if row["split"] == split]
     if data_dir is None:
         from datasets import load_dataset
 
@@ -224,6 +244,8 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         key = "\x1f".join(" ".join(str(row[f]).lower().split()) for f in task.key)
         content = json.dumps([task.source or name, *(row[f] for f in task.fields)], ensure_ascii=False)
         id = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+        if task.file:
+            key = id = row["id"]  # no two rows of a task file say the same, to the letter
         counts["duplicate"] += key in samples
         if key in samples and samples[key]["id"] <= id:  # of rows that ask the same, the smallest id stays
             continue

@@ -43,7 +43,7 @@ def svg(name: str, height: float, plot: Callable, *args) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", text)
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return re.sub(r'<svg (.*?)width="[^"]*"', rf'<svg role="img" aria-label="{name}" \1', text, count=1, flags=re.S)
 
 

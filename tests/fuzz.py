@@ -29,7 +29,7 @@ import debate
 import train
 import w2s
 from common import InputError
-from data.prepare import TASKS, make_samples
+from data.prepare import TASKS, load_rows, make_samples, task_of_file
 
 leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 value = st.recursive(
@@ -43,6 +43,13 @@ manifest = st.dictionaries(
     st.sampled_from(["config", "inputs", "outputs", "minimum", "seconds", "commit"]),
     value | st.dictionaries(st.text(max_size=6) | st.just("../x"), leaf, max_size=3),
 ).map(lambda m: json.dumps(m).encode())
+
+parts = value | st.text(max_size=4) | st.lists(st.text(max_size=4), max_size=2)
+wording = st.dictionaries(st.sampled_from(["shown", "debated", "claim", "sides"]), parts, max_size=2)
+own_row = st.fixed_dictionaries({"text": st.text(max_size=8), "label": st.sampled_from([0, 1])}) | row
+own = st.tuples(wording, st.lists(own_row, min_size=8, max_size=12)).map(
+    lambda x: "\n".join(map(json.dumps, [{"wording": x[0]}, *x[1]])).encode()
+)
 
 
 def flags_of(cls) -> st.SearchStrategy:
@@ -103,6 +110,13 @@ def targets(folder: Path) -> dict:
         command("w2s", "status", *pipeline)
         command("w2s", "report", *pipeline)
 
+    def own_task(raw: bytes) -> None:
+        file.write_bytes(raw)
+        name, task = task_of_file(file)
+        with mock.patch.dict(TASKS, {name: task}):
+            for split in ("train", "test"):
+                make_samples(name, load_rows(name, split, None), 0)
+
     def source(task: str) -> st.SearchStrategy:
         rows = st.fixed_dictionaries({f: leaf | st.text(max_size=3) for f in TASKS[task].fields})
         return st.tuples(st.just(task), st.lists(rows, max_size=3), st.just(0))
@@ -113,6 +127,7 @@ def targets(folder: Path) -> dict:
         "choices": (content, choices),
         "transcripts": (content, transcripts),
         "manifests": (content | manifest, manifests),
+        "task files": (content | own, own_task),
         "sources": (st.sampled_from(config.PAPER_TASKS).flatmap(source), lambda drawn: make_samples(*drawn)),
         "w2s": (st.tuples(commands, flags_of(w2s.Config)), lambda x: command("w2s", x[0], *pipeline, *x[1])),
         "debate": (flags_of(debate.Args), lambda x: command("debate", "--samples", good, *debating, *x)),

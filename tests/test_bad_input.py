@@ -217,6 +217,81 @@ def test_a_row_with_nothing_to_choose_from_is_dropped(tmp_path):
     assert data.prepare.make_samples("anthropic_hh", [empty], 0)[1]["incomplete"] == 1
 
 
+# ---- task files ----
+
+OWN = [{"text": f"{i} is even", "label": 1 - i % 2} for i in range(40)]
+HEADER = {"claim": "it is {side}", "sides": ["odd", "even"]}
+
+
+def own(line: int = 5, without: str = "", **change) -> list:
+    """Good rows, one of them changed."""
+    row = {k: v for k, v in OWN[line - 1].items() if k != without} | change
+    return [*OWN[: line - 1], row, *OWN[line:]]
+
+
+def worded(**change) -> list:
+    return [{"wording": HEADER | change}, *OWN]
+
+
+OWN_FILES = [  # rows, what is told beside the file's name
+    ([], ["no rows", "8"]),
+    (OWN[:7], ["7 rows", "8"]),
+    ([r | {"label": 1} for r in OWN], ["0 rows with label 0", "with label 1", "split"]),
+    ([r | {"split": "train"} for r in OWN], ["test split has 0 rows"]),
+    (own(without="label"), [":5: no label", "1 (right) or 0 (wrong)"]),
+    *((own(label=x), [f":5: label {x!r}", "1 (right) or 0 (wrong)"]) for x in (2, -1, 1.0, True, "1", [])),
+    (own(without="text"), [":5: either text, or question and answer", "the row has label"]),
+    (own(question="q", answer="a"), [":5: either text, or question and answer"]),
+    (own(answer="a"), [":5: either text, or question and answer"]),
+    (own(without="text", question="q", answer="a"), [":5:", "one kind in a file"]),
+    (own(text=7), [":5: text 7: a text is needed"]),
+    (own(text=" "), [":5: text ' ': a text is needed"]),
+    ([{"question": "q", "label": 1}] * 9, [":1: no answer: a text is needed"]),
+    ([{"question": "q", "answer": 4, "label": 1}] * 9, [":1: answer 4: a text is needed, in quotes"]),
+    (own(text="1 is even"), [":5: the same text as line 2", "'1 is even'"]),
+    ([r | {"id": i % 30} for i, r in enumerate(OWN)], [":31: the same id as line 1", "'0'"]),
+    (own(id=True), [":5: id True", "a name or a whole number"]),
+    (own(id=""), [":5: id ''", "a name or a whole number"]),
+    (own(evidence="e"), [":5: evidence 'e', unlike in the first row", "all rows or in none"]),
+    (own(1, evidence="e"), [":2: no evidence, unlike in the first row"]),
+    ([r | {"evidence": ""} for r in OWN], [":1: evidence '': a text is needed"]),
+    (own(split="test"), [":5: split 'test', unlike in the first row"]),
+    ([r | {"split": "dev"} for r in OWN], [":1: split 'dev'", "train or test"]),
+    ([{"wording": "kind"}, *OWN], [":1: wording kind", "shown, debated, claim, sides"]),
+    (worded(side="x"), [":1: wording", "shown, debated, claim, sides"]),
+    (worded(shown=3), [":1: shown 3: a text is needed"]),
+    *((worded(claim=x), [f":1: claim {x!r}", "{side}"]) for x in ("it is so", "a {side} day", "{x} is {side}")),
+    *((worded(sides=x), [":1: sides", "two names"]) for x in ("no", ["a"], ["a", "a"], ["a", 1], ["", "a"])),
+]
+
+
+@pytest.mark.parametrize("rows, told", OWN_FILES, ids=[" ".join(told)[:50] for _, told in OWN_FILES])
+def test_bad_task_files(rows, told, refused):
+    write_jsonl(Path("own.jsonl"), rows)
+    refused(W2S, ["--task-file", "own.jsonl"], ["own.jsonl", *told])
+    assert not Path("out").exists()
+
+
+NO_TASK_FILES = [
+    ("nowhere.jsonl", None, ["no such file"]),
+    ("own.jsonl", b'{"text": "x", "label": 1}\n\n{"text": \n', ["own.jsonl:3: not JSON"]),
+    ("own.csv", b"text,label\nx,1\n", ["own.csv:1: not JSON"]),
+    ("own.jsonl.gz", b"text", ["damaged gzip"]),
+    *(
+        (f"{name}.jsonl", b"", [f"{name}.jsonl", "rename"])
+        for name in ("sciq", "heads", "my task", "a.b", "_x", "\u00e9", 99 * "x")
+    ),
+]
+
+
+@pytest.mark.parametrize("file, content, told", NO_TASK_FILES, ids=[file for file, *_ in NO_TASK_FILES])
+def test_files_that_are_no_task(file, content, told, refused):
+    if content is not None:
+        Path(file).write_bytes(content)
+    refused(W2S, ["--task-file", file], told)
+    assert not Path("out").exists()
+
+
 # ---- models ----
 
 

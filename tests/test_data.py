@@ -277,6 +277,83 @@ def test_rows_without_evidence_are_dropped_and_counted():
         p.make_samples("sciq_evidence", [{k: v for k, v in rows[0].items() if k != "support"}], 0)
 
 
+# ---- task files ----
+
+
+def own_rows(n=60, **more):
+    """Questions each with a right and a wrong answer."""
+    return [
+        {"question": f"{i // 2} + 1?", "answer": str(i // 2 + 1 + i % 2), "label": 1 - i % 2} | more for i in range(n)
+    ]
+
+
+def of_file(path, rows, folder):
+    """Name, entry, counts and rows of each part of a task file."""
+    write_jsonl(path, rows)
+    name, p.TASKS[name] = task = p.task_of_file(path)
+    return *task, *prepared(name, folder, None)
+
+
+@pytest.fixture(autouse=True)
+def no_new_tasks(monkeypatch):
+    monkeypatch.setattr(p, "TASKS", dict(p.TASKS))
+
+
+def test_rows_of_a_task_file_are_samples_whatever_their_order(tmp_path):
+    rows = own_rows()
+    name, task, counts, parts = of_file(tmp_path / "own-1.jsonl", rows, tmp_path / "a")
+    assert name == "own-1" and task.wording == p.Wording("There is a question, followed by an answer.")
+    assert [counts[x]["samples"] for x in PARTS] == [24, 24, 12] and not task.evidence
+    labels = {r["text"]: r["label"] for x in ("train_a", "test") for r in parts[x]}
+    labels |= {
+        b["text"]: g["label"]
+        for b, g in zip(parts["train_b"], read_jsonl(tmp_path / "a/train_b.gold.jsonl"), strict=True)
+    }
+    assert labels == {f"Q: {r['question']} A: {r['answer']}": r["label"] for r in rows}
+    asked = {x: {r["text"].split(" A: ")[0] for r in parts[x]} for x in PARTS}
+    assert sum(map(len, asked.values())) == 30  # no question stands in two parts
+    of_file(tmp_path / "own-1.jsonl", [dict(reversed(r.items())) for r in reversed(rows)], tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    flipped = of_file(tmp_path / "own-1.jsonl", [r | {"label": 1 - r["label"]} for r in rows], tmp_path / "c")[-1]
+    assert [[r["id"] for r in flipped[x]] for x in PARTS] == [[r["id"] for r in parts[x]] for x in PARTS]
+
+
+def test_ids_splits_and_evidence_of_a_task_file_are_kept(tmp_path):
+    rows = [
+        {"text": f"{i} is even", "label": 1 - i % 2, "id": i, "evidence": f"{i}  mod 2", "odd": []} for i in range(40)
+    ]
+    rows = [r | {"split": "test" if r["id"] < 7 else "train"} for r in rows]
+    rows.append(
+        {"text": "1 IS EVEN", "id": "X", "label": 0, "evidence": "e", "split": "train"}
+    )  # case makes a difference
+    _, task, counts, parts = of_file(tmp_path / "own.jsonl", rows, tmp_path / "a")
+    assert {r["id"]: r["text"] for r in parts["test"]} == {str(i): f"{i} is even" for i in range(7)}
+    assert {r["id"] for x in ("train_a", "train_b") for r in parts[x]} == {*map(str, range(7, 40)), "X"}
+    evidence = {r["id"]: r["evidence"] for x in PARTS for r in read_jsonl(tmp_path / f"a/{x}.evidence.jsonl")}
+    assert evidence == {str(i): f"{i} mod 2" for i in range(40)} | {"X": "e"}
+    assert counts["train"]["duplicate"] == counts["train"]["also_in_test"] == 0
+    sides = ("false", "true")
+    assert task.wording == p.Wording(
+        "There is a statement.", "the statement is true or false", sides, "the statement is {side}"
+    )
+
+
+def test_the_first_line_of_a_task_file_words_it(tmp_path):
+    given = {"shown": "There is a film review.", "claim": "the review is {side}", "sides": ["negative", "positive"]}
+    wording = p.Wording(
+        "There is a film review.", "the review is positive or negative", ("negative", "positive"), given["claim"]
+    )
+    (tmp_path / "own.jsonl.gz").write_bytes(
+        gzip.compress("\n\n".join(map(json.dumps, [{"wording": given}, *own_rows(20)])).encode())
+    )
+    name, task = p.task_of_file(tmp_path / "own.jsonl.gz")
+    assert (name, task.wording, wording.claims(1)) == ("own", wording, "the review is positive")
+    write_jsonl(tmp_path / "own.jsonl", [{"wording": {"debated": "this or that"}}, *own_rows(20)])
+    assert p.task_of_file(tmp_path / "own.jsonl")[1].wording == p.Wording(
+        "There is a question, followed by an answer.", "this or that"
+    )
+
+
 # ---- files ----
 
 

@@ -10,6 +10,7 @@ import pandas
 import pytest
 from conftest import METHODS, ROOT, SMOKE, products, record, run
 
+import debate
 import w2s
 from common import read_jsonl, write_jsonl
 from report import stats
@@ -161,6 +162,58 @@ def test_what_two_tasks_have_in_common_is_computed_once(tmp_path):
     assert {name: rows for name, (rows, _) in both.items()} == {name: rows for name, (rows, _) in alone.items()}
     shared = {"weak-naive-f0-s0", "strong-ceiling-s0", "strong-finetune-s0", "zero-shot-weak", "zero-shot-strong"}
     assert {name for name, (_, copy) in both.items() if copy} == shared
+
+
+# ---- a task file ----
+
+OWN = [x for x in SMOKE if x not in ("--tasks", "sciq")]
+READS_EVIDENCE = ("transcripts", "evidence.jsonl", "weak-debate", "weak-evidence", "labels/ours", "labels/evidence",
+                  "strong-ours", "strong-evidence", "zero-shot-evidence")  # fmt: skip
+
+
+def own_rows(evidence: str = "it ends in {}") -> list[dict]:
+    """Sixty statements with evidence."""
+    return [{"text": f"{n} is even", "label": 1 - n % 2, "evidence": evidence.format(n % 10)} for n in range(60)]
+
+
+def test_a_task_file_is_a_task_like_the_others(copied, tmp_path, capsys):
+    """Beside a finished run of another task, which stays as it is."""
+    file, before = tmp_path / "1st-task.jsonl", products(copied / "sciq")
+    write_jsonl(file, [{"wording": {"sides": ["odd", "even"]}}, *own_rows()])
+    flags = [*OWN[1:], copied, "--task-file", file, "--methods", "finetune", "ours"]
+
+    def not_done() -> set[str]:
+        capsys.readouterr()
+        assert run("w2s", "status", "--json", *flags, "--tasks", "sciq") == 0
+        rows = json.loads(capsys.readouterr().out)
+        return {row["stage"].removeprefix("1st-task/") for row in rows if row["state"] != "done"}
+
+    assert run("w2s", "plan", *flags) == 0 and "1st-task" in capsys.readouterr().out
+    assert run("w2s", "run", *flags) == 0 and not not_done()
+    assert run("w2s", "run", *flags) == 0 and "\n0 of " in capsys.readouterr().out
+    results, debates = (read_jsonl(copied / f"{name}.jsonl") for name in ("results", "debates"))
+    assert {(r["task"], r["n"]) for r in results} == {("1st-task", 8)}
+    assert {tuple(r["sides"]) for r in debates} == {("odd", "even")}
+    assert "| 1st-task |" in (copied / "tables/table2.md").read_text()
+    assert (copied / "verdict.md").read_text().startswith("1st-task: ")
+    assert "Debater A (even)" in debate.transcript_text("1st-task", "debate", [1], ["x"])
+    write_jsonl(file, own_rows())
+    asked = {"transcripts/debate", *(f"predictions/zero-shot-{who}" for who in ("weak", "strong", "evidence"))}
+    assert not_done() == {"data", *asked, *(f"predictions/weak-debate-d{k}-t3-f0-s0" for k in range(4))}
+    assert products(copied / "sciq") == before
+
+
+def test_evidence_of_a_task_file_reaches_those_who_debate_and_the_bound_alone(tmp_path):
+    made = []
+    for evidence in ("it ends in {}", "THE LAST OF ITS DIGITS IS {}, AS ALL CAN SEE"):
+        write_jsonl(tmp_path / "own.jsonl", own_rows(evidence))
+        out = tmp_path / f"out {len(made)}"
+        flags = [out, "--task-file", tmp_path / "own.jsonl"]
+        assert run("w2s", *OWN, *flags, "--methods", "finetune", "no_argument", "ours", "evidence") == 0
+        made.append({n: f for n, f in products(out).items() if n.endswith(".jsonl")})
+    assert made[0].keys() == made[1].keys()
+    changed = {n for n in made[0] if made[0][n] != made[1][n]}
+    assert changed == {n for n in made[0] if any(word in n for word in READS_EVIDENCE)}
 
 
 # ---- what a run writes ----
@@ -315,6 +368,4 @@ def test_evidence_reaches_those_who_debate_and_the_bound_alone(tmp_path):
         made[name] = {n: f for n, f in products(out).items() if n.endswith(".jsonl")}
     assert made["own"].keys() == made["exchanged"].keys()
     changed = {n for n in made["own"] if made["own"][n] != made["exchanged"][n]}
-    reads_it = ("transcripts", "evidence.jsonl", "weak-debate", "weak-evidence", "labels/ours", "labels/evidence",
-                "strong-ours", "strong-evidence", "zero-shot-evidence")  # fmt: skip
-    assert changed == {n for n in made["own"] if any(word in n for word in reads_it)}
+    assert changed == {n for n in made["own"] if any(word in n for word in READS_EVIDENCE)}
