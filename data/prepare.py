@@ -85,14 +85,15 @@ class Wording:
 class Task:
     """A formatter, what the debaters are told, and where the rows come from.
 
-    `fields` must be in a source row; the content of `key` identifies a question across splits. `evidence` names the field
-    that only the debaters read; rows where it is empty are dropped.
+    `fields` must be in a source row, each a text or one of its `values`; the content of `key` identifies a question across
+    splits. `evidence` names the field that only the debaters read; rows where it is empty are dropped.
     """
 
     formatter: Callable[[dict, Random], tuple[str, int]]
     wording: Wording
     fields: tuple[str, ...]
     key: tuple[str, ...]
+    values: dict[str, tuple] = dataclasses.field(default_factory=dict)
     evidence: str = ""
     test_split: str = "test"
     hub: str | None = None
@@ -114,11 +115,11 @@ TASKS = {
         hub="allenai/sciq", revision="2c94ad3e1aafab77146f384e23536f97a4849815"),
     "boolq": Task(
         boolq, Wording("There is a passage, followed by a yes/no question.", "the answer to the question is yes or no", ("no", "yes")),
-        ("question", "answer", "passage"), ("passage", "question"), test_split="validation",
+        ("question", "answer", "passage"), ("passage", "question"), {"answer": (False, True)}, test_split="validation",
         hub="google/boolq", revision="35b264d03638db9f4ce671b711558bf7ff0f80d5"),
     "cosmos_qa": Task(
         cosmos_qa, Wording("There is a context and a question about it, followed by an answer."),
-        ("context", "question", "answer0", "answer1", "answer2", "answer3", "label"), ("context", "question"), test_split="validation",
+        ("context", "question", "answer0", "answer1", "answer2", "answer3", "label"), ("context", "question"), {"label": (0, 1, 2, 3)}, test_split="validation",
         hub="allenai/cosmos_qa", revision="ed50fe83db62b355759053b1cd5eef344ee371e0"),  # the hub's own parquet conversion
     "anthropic_hh": Task(
         anthropic_hh,
@@ -214,12 +215,6 @@ def facts(tables: list[Path], split: str) -> list[dict]:
 # ---- samples ----
 
 
-KINDS = {  # of the fields that are no text
-    "answer": (lambda v: isinstance(v, bool), "true or false"),
-    "label": (lambda v: type(v) is int and 0 <= v <= 3, "an answer's number, 0 to 3"),
-}
-
-
 def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], dict]:
     """Samples {id, key, group, text, label, evidence} in seeded order, and the counts.
 
@@ -238,8 +233,9 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
             counts["incomplete" if incomplete else "no_evidence"] += 1
             continue
         for f in required:
-            ok, what = KINDS.get(f, (lambda v: isinstance(v, str), "a text"))
-            if not ok(row[f]):
+            values = task.values.get(f)
+            if (type(row[f]), row[f]) not in [(type(v), v) for v in values] if values else not isinstance(row[f], str):
+                what = f"one of {', '.join(map(str, values))}" if values else "a text"
                 raise InputError(f"task {name}: {f} {str(row[f])[:40]!r} of row {row[task.key[0]]!r:.60} is not {what}")
         key = "\x1f".join(" ".join(str(row[f]).lower().split()) for f in task.key)
         content = json.dumps([task.source or name, *(row[f] for f in task.fields)], ensure_ascii=False)
