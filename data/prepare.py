@@ -148,7 +148,7 @@ def task_of_file(path: Path) -> tuple[str, Task]:
     wording, rows = task_file.read(path)
     wording = Wording(**wording | {"sides": tuple(wording["sides"])})
     evidence = "evidence" if "evidence" in rows[0] else ""
-    return name, Task(as_given, wording, ("text",), ("text",), evidence, any_rows=True, file=path)
+    return name, Task(as_given, wording, ("text",), ("text",), evidence=evidence, any_rows=True, file=path)
 
 
 # ---- sources ----
