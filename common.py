@@ -66,9 +66,9 @@ class Ranks:
         if self.rank == 0:
             print(*parts, flush=True)
 
-    def split(self, most: int) -> "Ranks":
+    def split(self, asked: int) -> "Ranks":
         """This rank's group of consecutive ranks, as many as `group_size` says. Every rank must ask."""
-        size = group_size(self.size, most)
+        size = group_size(self.size, asked)
         if size == self.size:
             return self
         import torch.distributed as dist
@@ -82,9 +82,9 @@ class Ranks:
 ALONE = Ranks()
 
 
-def group_size(total: int, most: int) -> int:
-    """The largest divisor of `total` that is at most `most` (0: `total` itself): how many work together."""
-    return max(n for n in range(1, min(most or total, total) + 1) if total % n == 0)
+def group_size(total: int, asked: int) -> int:
+    """How many of `total` work together: as many as asked (0: all), or the next larger divisor, which needs less memory each."""
+    return next(n for n in range(min(asked, total) or total, total + 1) if total % n == 0)
 
 
 def world() -> Ranks:

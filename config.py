@@ -156,7 +156,7 @@ class Config:
         choices=("replicated", "sharded", "vllm"),
     )
     weak_gpus: int = flag(
-        0, "at most so many processes share a finetuning of the weak model, others do the next (0: all)", int
+        0, "processes that share a finetuning of the weak model, or the next divisor of their number (0: all)", int
     )
     strong_gpus: int = flag(0, "the same for the strong model", int)
     cache_tokens: int = flag(
