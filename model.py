@@ -353,10 +353,9 @@ def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) 
             weights[name] = whole.to("cpu", copy=True)  # not the view of a padded buffer that it may be
     if classifier.ranks.rank:  # rank 0 of the group; a model's own save_pretrained writes on global rank 0 alone
         return
-    if (
-        classifier.adapters
-    ):  # a cut model by its spec, which no hub has: another library must not take it for the whole one
-        lora.save(model, folder, f"{spec.name}:{spec.layers}" if spec.layers else spec.name, spec.revision)
+    if classifier.adapters:
+        cut = f":{spec.layers}" if spec.layers else ""  # no hub has that name: nobody takes the model for the whole one
+        lora.save(model, folder, spec.name + cut, spec.revision)
     else:
         model.config.architectures = [type(model).__name__]
         model.config.dtype = weights["score.weight"].dtype  # float32: loaded so, the head is not rounded
