@@ -66,16 +66,9 @@ class Ranks:
         if self.rank == 0:
             print(*parts, flush=True)
 
-    def split(self, size: int) -> "Ranks":
-        """This rank's group of `size` consecutive ranks (0: all). Every rank must ask.
-
-        Raises InputError where `size` does not divide the number of ranks.
-        """
-        size = min(size, self.size) or self.size
-        if self.size % size:
-            raise InputError(
-                f"{self.size} processes cannot be cut into groups of {size} (--weak-gpus, --strong-gpus): choose a divisor"
-            )
+    def split(self, asked: int) -> "Ranks":
+        """This rank's group of consecutive ranks, as many as `group_size` says. Every rank must ask."""
+        size = group_size(self.size, asked)
         if size == self.size:
             return self
         import torch.distributed as dist
@@ -87,6 +80,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def group_size(total: int, asked: int) -> int:
+    """How many of `total` work together: as many as asked (0: all), or the next larger divisor, which needs less memory each."""
+    return next(n for n in range(min(asked, total) or total, total + 1) if total % n == 0)
 
 
 def world() -> Ranks:

@@ -84,6 +84,16 @@ FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
 NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
 
 PAPER_TASKS = ("sciq", "boolq", "cosmos_qa", "anthropic_hh")
+PAPER = dict(
+    tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
+    transcript="last",  # "appended to each sample", as the paper words it
+    cache_tokens=26_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
+)  # fmt: skip
+ADAPTERS = (
+    dict(  # adapters want ten times the rate (Schulman et al. 2025, LoRA Without Regret); a GPU trains them alone
+        lora_rank=16, lr=10 * TrainConfig.lr, weak_gpus=1, strong_gpus=1, max_tokens_per_forward=4096
+    )
+)
 PRESETS = {
     "smoke": dict(
         tasks=PAPER_TASKS, seeds=(0, 1), weak="random-small", strong="random-large", data_dir=str(ROOT / "data/tiny"),
@@ -98,13 +108,10 @@ PRESETS = {
     ),
     "small": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
-        limit_test=2000, max_new_tokens=150,
+        limit_test=2000, max_new_tokens=150, **ADAPTERS,
     ),
-    "paper": dict(
-        tasks=PAPER_TASKS, seeds=(0, 1, 2, 3, 4), weak="Qwen/Qwen-7B", strong="Qwen/Qwen-14B", weak_gpus=4, strong_gpus=8,
-        transcript="last",  # "appended to each sample", as the paper words it
-        cache_tokens=26_000, max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB: 800 kB of keys and values a token
-    ),
+    "paper-lora": PAPER | ADAPTERS,
+    "paper": PAPER,
 }  # fmt: skip
 PER_TASK = {  # where a task departs from its preset
     ("tiny", "places"): dict(
@@ -136,6 +143,10 @@ class Config:
     epochs: int = flag(TrainConfig.epochs, "passes over the training samples", int)
     batch_size: int = flag(TrainConfig.batch_size, "samples per optimizer step", int)
     aux_warmup: str = flag(TrainConfig.aux_warmup, "of the confidence loss", choices=("openai", "linear"))
+    lora_rank: int = flag(
+        TrainConfig.lora_rank, "finetune adapters of this rank, one copy of the model a GPU (0: the whole model)", int
+    )
+    lora_alpha: int = flag(TrainConfig.lora_alpha, "adapters count alpha / rank times", int)
     checkpointing: bool = flag(TrainConfig.checkpointing, "recompute activations to save memory", bool)
     transcript: str = flag("first", "judges read it before or after the question", choices=("first", "last"))
     max_new_tokens: int = flag(DebateConfig.max_new_tokens, "longest turn", int)
@@ -150,7 +161,9 @@ class Config:
         "what generates the debates: replicated (a copy of the model per process), sharded (one over all), vllm",
         choices=("replicated", "sharded", "vllm"),
     )
-    weak_gpus: int = flag(0, "processes that share a finetuning of the weak model; others do the next (0: all)", int)
+    weak_gpus: int = flag(
+        0, "processes that share a finetuning of the weak model, or the next divisor of their number (0: all)", int
+    )
     strong_gpus: int = flag(0, "the same for the strong model", int)
     cache_tokens: int = flag(
         DebateConfig.cache_tokens, "tokens of keys and values that a batch of debates may fill", int
@@ -191,16 +204,16 @@ class Config:
         """Raises InputError on values out of range."""
         above_zero = (
             "limit_train limit_test max_sample_tokens epochs batch_size max_new_tokens lr weak_lr head_lr head_epochs "
-            "cache_tokens max_tokens_per_forward gpus"
+            "cache_tokens max_tokens_per_forward gpus lora_alpha"
         )
         for name in above_zero.split():
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise InputError(f"--temperature {self.temperature} must be >= 0, --top-p {self.top_p} in (0, 1]")
-        for name in ("weak_gpus", "strong_gpus"):
+        for name, zero in {"weak_gpus": "all", "strong_gpus": "all", "lora_rank": "the whole model"}.items():
             if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative (0: all)")
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative (0: {zero})")
         for name in ("tasks", "methods", "seeds"):
             if len(set(values := getattr(self, name))) < len(values):
                 raise InputError(f"--{name} {' '.join(map(str, values))}: name each once")

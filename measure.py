@@ -91,7 +91,8 @@ def debate_once(plan, work) -> float:
 
 def train_once(plan, run) -> float:
     ranks = world().split(plan.group(run))
-    classifier = Classifier(run.model, 2, getattr(torch, plan.c.dtype), plan.c.kernels, ranks)
+    adapters = (run.train.lora_rank, run.train.lora_alpha)
+    classifier = Classifier(run.model, 2, getattr(torch, plan.c.dtype), plan.c.kernels, ranks, *adapters)
     length = plan.read(run, plan.longest)
     config = dataclasses.replace(run.train, epochs=1, max_tokens=length)
     texts = [words(classifier.tokenizer, 2 * length)] * config.batch_size

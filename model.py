@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+import lora
 from common import ALONE, InputError, Ranks, read_json, write_text
 from data.convert_qwen import FIRST_QWEN, converted_folder
 from data.models import BUILTIN, builtin_folder
@@ -236,12 +237,16 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
 
 
 class Classifier:
-    """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights."""
+    """A Hugging Face decoder with a bias-free head on the last token; `reset` brings back the pretrained weights.
+
+    With a `lora_rank` all of it but the head is frozen, whole on every rank in `dtype`, and adapters learn in its place.
+    """
 
     def __init__(
-        self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto", ranks: Ranks = ALONE
-    ):
-        self.kernels, self.ranks, self.sharded = resolve(kernels), ranks, ranks.size > 1
+        self, spec: ModelSpec, n_classes: int, dtype: torch.dtype, kernels: str = "auto", ranks: Ranks = ALONE,
+        lora_rank: int = 0, lora_alpha: int = 0,
+    ):  # fmt: skip
+        self.kernels, self.ranks, self.sharded = resolve(kernels), ranks, ranks.size > 1 and not lora_rank
         self.tokenizer = load_tokenizer(spec)
         eager = torch.compiler.disable(packed_attention)  # lengths differ: every batch would compile a graph of its own
         transformers.AttentionInterface.register("packed", eager)
@@ -257,6 +262,10 @@ class Classifier:
         else:
             for p in self.model.base_model.parameters():
                 p.data = p.data.to(device(), dtype)  # weights alone: rotary frequencies, buffers, stay float32
+        self.adapters = lora.attach(self.model.base_model, self.blocks, lora_rank, lora_alpha) if lora_rank else []
+        if lora_rank and not self.adapters:
+            why = f"the blocks of a {self.model.config.model_type} have no torch.nn.Linear to adapt"
+            raise InputError(f"model {spec.name!r} with --lora-rank {lora_rank}: {why}; choose rank 0")
         self.model.score.float()
         self.model.to(device())
 
@@ -283,10 +292,15 @@ class Classifier:
 
     @functools.cached_property
     def optimizer(self) -> MasterAdam:
-        return MasterAdam([*self.model.base_model.parameters(), self.model.score.weight])
+        return MasterAdam([*(self.adapters or self.model.base_model.parameters()), self.model.score.weight])
+
+    @property
+    def whole(self) -> list[Tensor]:
+        """What every rank trains a copy of, so that its gradients have to be added up: the head, and adapters."""
+        return [*self.adapters, self.model.score.weight]
 
     def reset(self, config) -> None:
-        """Ready for a run with this TrainConfig: pretrained weights, head as at the start, no moments."""
+        """Ready for a run with this TrainConfig: pretrained weights, head and adapters as at the start, no moments."""
         toggle = f"activation_checkpointing_{'enable' if config.checkpointing else 'disable'}"
         if not hasattr(self.model, toggle):  # transformers 5.17
             toggle = toggle.replace("activation", "gradient")
@@ -297,7 +311,8 @@ class Classifier:
                 block.compile()
         if self.sharded:
             self.model.base_model.reshard()  # a prediction leaves the root's weights gathered, and they would stay the old ones
-        self.optimizer.reset([*self.pretrained, torch.zeros_like(self.model.score.weight)])
+        body = lora.starts(self.adapters, config.seed) if self.adapters else self.pretrained
+        self.optimizer.reset([*body, torch.zeros_like(self.model.score.weight)])
 
     def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Hidden states [T, D] after the final norm, of one packed forward, and which rows of them are last tokens [B]."""
@@ -328,32 +343,50 @@ class Classifier:
 
 
 def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) -> None:
-    """An ordinary Hugging Face folder with a model card, loadable by AutoModelForSequenceClassification; by rank 0 of the group."""
-    weights = {}
-    for name, x in classifier.model.state_dict().items():
+    """An ordinary folder with a model card, by rank 0 of the group: Hugging Face's, loadable by
+    AutoModelForSequenceClassification, or of adapters alone, loadable by peft."""
+    spec, model = classifier.spec, classifier.model
+    weights, state = {}, {} if classifier.adapters else model.state_dict()
+    for name, x in state.items():
         whole = x.full_tensor() if hasattr(x, "full_tensor") else x  # the shards of all ranks, one weight at a time
         if classifier.ranks.rank == 0:
             weights[name] = whole.to("cpu", copy=True)  # not the view of a padded buffer that it may be
-    if classifier.ranks.rank == 0:  # not by the model's save_pretrained, which writes on global rank 0 alone
-        config = classifier.model.config
-        config.architectures = [type(classifier.model).__name__]
-        config.dtype = weights["score.weight"].dtype  # float32: loaded so, the head is not rounded
-        config.save_pretrained(folder)
+    if classifier.ranks.rank:  # rank 0 of the group; a model's own save_pretrained writes on global rank 0 alone
+        return
+    if classifier.adapters:
+        cut = f":{spec.layers}" if spec.layers else ""  # no hub has that name: nobody takes the model for the whole one
+        lora.save(model, folder, spec.name + cut, spec.revision)
+    else:
+        model.config.architectures = [type(model).__name__]
+        model.config.dtype = weights["score.weight"].dtype  # float32: loaded so, the head is not rounded
+        model.config.save_pretrained(folder)
         save_torch_state_dict(weights, folder)
-        classifier.tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", model_card(classifier.spec, settings, trained_on))
+    classifier.tokenizer.save_pretrained(folder)
+    write_text(folder / "README.md", model_card(spec, settings, trained_on))
+
+
+def load_kept(folder: Path, n_classes: int, dtype: torch.dtype) -> Classifier:
+    """What `save_model` wrote, to predict with: a whole model, or adapters on the model that they name."""
+    adapter = read_json(folder / "adapter_config.json")
+    if not adapter:
+        return Classifier(ModelSpec(str(folder)), n_classes, dtype)
+    spec = dataclasses.replace(ModelSpec.parse(adapter["base_model_name_or_path"]), revision=adapter["revision"])
+    classifier = Classifier(spec, n_classes, dtype, lora_rank=adapter["r"], lora_alpha=adapter["lora_alpha"])
+    lora.load(classifier.model, folder)
+    return classifier
 
 
 def model_card(spec: ModelSpec, config, trained_on: str) -> str:
     name = Path(spec.name).name + (f", its first {spec.layers} blocks" if spec.layers else "")
     settings = "\n".join(f"| {name} | {value} |" for name, value in dataclasses.asdict(config).items())
+    what = f"LoRA adapters of rank {config.lora_rank} for {name}, and" if config.lora_rank else f"{name}, with"
     return f"""---
-library_name: transformers
+library_name: {"peft" if config.lora_rank else "transformers"}
 pipeline_tag: text-classification
 ---
 # Finetuned on {trained_on}
 
-{name}, with a bias-free head on the last token; class 1 is the probability that the text shown is right, or
+{what} a bias-free head on the last token; class 1 is the probability that the text shown is right, or
 preferred. Loaded with `dtype=torch.float32` it gives the recorded probabilities, to the rounding of {config.dtype}. Made by an
 experiment in weak-to-strong generalization: its labels may be a weak model's.
 

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from common import InputError, print0
+from common import InputError, group_size, print0
 from generate import DebateConfig
 from measure import compare, machine
 from model import ModelSpec
@@ -43,7 +43,8 @@ class Plan:
         self.mean = min(mean, config.max_sample_tokens), evidence  # tokens of (sample, evidence)
         self.longest = min(longest, config.max_sample_tokens), longest_evidence
         self.said = config.max_new_tokens + LABEL  # tokens of a turn
-        self.each = 8 if config.checkpointing else 6  # FLOPs per trained token and parameter
+        frozen = bool(config.lora_rank)  # weights then have no gradient
+        self.each = 6 - 2 * frozen + 2 * config.checkpointing  # FLOPs per trained token and parameter
         peaks = {"training": 1e3 * gpu.tflops, "reading": 1e3 * gpu.tflops, "bandwidth": gpu.gbps, "link": gpu.link}
         self.rate = {name: 1e9 * peak * ASSUMED_UTILIZATION[name] for name, peak in peaks.items()}  # FLOP/s, bytes/s
 
@@ -60,7 +61,7 @@ class Plan:
     def group(self, run) -> int:
         """GPUs that share a finetuning; heads are trained on one."""
         asked = self.c.weak_gpus if self.kind(run).endswith("weak") else self.c.strong_gpus
-        return 1 if run.heads else min(asked, self.gpus) or self.gpus
+        return 1 if run.heads else group_size(self.gpus, asked)
 
     def read(self, run, sample: tuple[int, int]) -> int:
         """Tokens that a finetuned model reads of a sample of (text, evidence) tokens."""
@@ -88,9 +89,11 @@ class Plan:
         return limits if self.gpu.cpu else limits | {"launches": m.blocks * LAUNCHES}
 
     def train_step(self, run, tokens: int) -> dict[str, float]:
-        """Seconds of an optimizer step, by what may limit it; the link carries two gathers and a float32 reduction."""
-        N, G = shape_of(run.model).body, self.group(run)
-        computed, sent = self.each * N * self.c.batch_size * tokens / G, (2 * self.e + 4) * N * (G - 1) / G
+        """Seconds of an optimizer step, by what may limit it; the link carries two gathers and a float32 reduction, or the
+        float32 gradients of adapters there and back."""
+        m, G, rank = shape_of(run.model), self.group(run), self.c.lora_rank
+        computed = self.each * m.body * self.c.batch_size * tokens / G
+        sent = (8 * m.adapters(rank) if rank else (2 * self.e + 4) * m.body) * (G - 1) / G
         return {"training": computed / self.rate["training"], "link": sent / self.rate["link"]}
 
     def cost(self, work) -> Counter:
@@ -114,7 +117,8 @@ class Plan:
                 rows = {"train_b": (self.half, length), "test": (self.tests, self.mean[0])}
                 total["read"] = sum(math.prod(rows[part]) for part in work.predicts) + work.heads * self.half * length
                 total["bytes"] = 60 * sum(rows[part][0] for part in work.predicts)
-                total["bytes"] += work.keep * (4 if G > 1 else self.e) * (m.body + m.V * m.D)
+                kept = (4 if G > 1 else self.e) * (m.body + m.V * m.D)
+                total["bytes"] += work.keep * (4 * m.adapters(self.c.lora_rank) or kept)
                 if not work.heads:
                     steps, step = (
                         math.ceil(self.half / self.c.batch_size) * self.c.epochs,
@@ -150,17 +154,25 @@ class Plan:
         if work.heads:
             return {"weights": e * (m.body + embedding), "activations": e * max(longest, 4096) * (2 * m.D + 3 * m.F)}
         tokens = max(longest, min(math.ceil(c.batch_size / G) * longest, c.max_tokens_per_forward))
-        return finetuning_memory(m, G, tokens, longest, c.checkpointing, e, self.gpu.cpu)
+        return finetuning_memory(m, G, tokens, longest, c.checkpointing, e, self.gpu.cpu, c.lora_rank)
 
 
-def finetuning_memory(m: Shape, group: int, tokens: int, longest: int, checkpointing: bool, e: int, cpu: bool) -> dict:
-    """Peak bytes per GPU of a step on `tokens` in one forward, of samples up to `longest`, e bytes per element, by part."""
+def finetuning_memory(
+    m: Shape, group: int, tokens: int, longest: int, checkpointing: bool, e: int, cpu: bool, rank: int
+) -> dict:
+    """Peak bytes per GPU of a step on `tokens` in one forward, of samples up to `longest`, e bytes per element, by part.
+
+    `rank` of adapters on a frozen copy of the model, or 0.
+    """
     kept = e * (8 * m.D + 2 * m.d * (m.heads + m.kv_heads) + 4 * m.F)  # per token and block
     kept += 4 * m.heads * longest * cpu  # scores, which attention on a GPU does not store
+    activations = tokens * (e * m.D * (m.blocks - 1) + kept if checkpointing else m.blocks * kept)
     # float32 weights, gradients, two moments; of an unsharded bfloat16 model also its copy and that one's gradient
-    parts = {"state": (20 if group == 1 and e == 2 else 16) * (m.body + m.V * m.D) / group}
-    parts["activations"] = tokens * (e * m.D * (m.blocks - 1) + kept if checkpointing else m.blocks * kept)
-    return parts | ({"gathered": e * m.V * m.D + (3 * e + 4) * m.body / m.blocks} if group > 1 else {})
+    state = (20 if group == 1 and e == 2 else 16) * (m.body + m.V * m.D) / group
+    if rank:
+        return {"frozen": e * (m.body + m.V * m.D), "adapters": 16 * m.adapters(rank), "activations": activations}
+    gathered = {"gathered": e * m.V * m.D + (3 * e + 4) * m.body / m.blocks} if group > 1 else {}
+    return {"state": state, "activations": activations} | gathered
 
 
 # ---- what fits ----
@@ -183,15 +195,9 @@ def peaks(experiments: list, gpu: Gpu, gpus: int, changes: dict) -> dict[str, tu
     return most
 
 
-def whole_groups(config, gpus: int) -> dict[str, int]:
-    """Group sizes that divide the GPUs, where those asked for do not: the next larger ones."""
-    asked = {name: min(getattr(config, name), gpus) or gpus for name in ("weak_gpus", "strong_gpus")}
-    return {name: min(d for d in range(n, gpus + 1) if gpus % d == 0) for name, n in asked.items() if gpus % n}
-
-
 def fitting(experiments: list, gpu: Gpu, gpus: int) -> dict | None:
     """Changes to the configuration with which all fits, each the first that helps what needs most; None if none does."""
-    changes: dict = whole_groups(experiments[0].config, gpus)
+    changes: dict = {}
     usable = gpu.gb * ASSUMED_UTILIZATION["memory"]
     while True:
         gb, plan, work = max(peaks(experiments, gpu, gpus, changes).values(), key=lambda peak: peak[0])
@@ -220,7 +226,7 @@ def flags(changes: dict) -> str:
 
 def choose_preset(experiments_of: Callable[[str], list]) -> None:
     """Print the largest preset that fits and the flags it needs; to stderr, why."""
-    for preset in ("paper", "small"):
+    for preset in ("paper", "paper-lora", "small"):
         experiments = experiments_of(preset)
         name, gpu, gpus = machine(experiments[0].config)
         changes = None if gpu.cpu else fitting(experiments, gpu, gpus)
@@ -238,24 +244,22 @@ def choose_preset(experiments_of: Callable[[str], list]) -> None:
 LEGEND = """
 hours: tokens read x 2 N / (GPUs that read x reading); steps x seconds per step / runs or batches at once. Every turn is as long
 as it may be. A decode step takes the longest of (weights + keys and values) / bandwidth, rows x 2 N / reading, layers x
-launches; an optimizer step the longer of batch x tokens x 6 N (8 N with recomputation) / (group x training) and, sharded, two
-gathers and a float32 reduction / link."""
+launches; an optimizer step the longer of batch x tokens x 6 N (4 N of a frozen model with adapters; 2 N more with
+recomputation) / (group x training) and, sharded, two gathers and a float32 reduction / link, or what adapters send."""
 
 
 def show(experiments: list) -> None:
     """Print a line per kind of stage, and peak memory. Raises InputError on what does not fit."""
     config = experiments[0].config
     name, gpu, gpus = machine(config)
-    changes, usable = whole_groups(config, gpus), gpu.gb * ASSUMED_UTILIZATION["memory"]
+    usable = gpu.gb * ASSUMED_UTILIZATION["memory"]
     print0(f"{gpus} x {name}: {gpu.tflops:.4g} TFLOP/s, {gpu.gb:.4g} GB, {gpu.gbps:.4g} GB/s, link {gpu.link:.4g} GB/s")
-    if changes:
-        print0(f"with {flags(changes)}, which `run` needs too: the groups asked for do not divide {gpus} GPUs")
     weak, strong = (shape_of(ModelSpec.parse(spec)) for spec in (config.weak, config.strong))
     for role, m in (("weak", weak), ("strong", strong)):
         print0(f"{role}: N = {m.body / 1e9:.4g} G in {m.blocks} blocks, {m.V * m.D / 1e9:.3g} G in the embedding")
     table: dict[tuple[str, str], Counter] = {}
     texts: set[tuple] = set()  # that heads read: they become features once
-    for plan, work in works(experiments, gpu, gpus, changes):
+    for plan, work in works(experiments, gpu, gpus, {}):
         cost, key = plan.cost(work), (plan.task, plan.kind(work))
         if type(work).__name__ == "Run":
             key = plan.task, f"{plan.kind(work)} {work.reads}" + f" t{work.turns}" * (work.turns > 0)
@@ -275,7 +279,7 @@ def show(experiments: list) -> None:
     assumed = ", ".join(f"{k} {v}" for k, v in ASSUMED_UTILIZATION.items())
     print0(f"{LEGEND}\nassumed, until measured: of the peaks {assumed}; launches {1e3 * LAUNCHES:.2g} ms per layer")
     print0(f"\npeak memory per GPU, of {gpu.gb:.4g} GB x {ASSUMED_UTILIZATION['memory']}, in the task that needs most:")
-    most = peaks(experiments, gpu, gpus, changes)
+    most = peaks(experiments, gpu, gpus, {})
     for kind, (gb, plan, work) in most.items():
         parts = " + ".join(f"{k} {v / 1e9:.3g}" for k, v in plan.memory(work).items())
         print0(f"  {plan.task} {kind}: {parts} = {gb:.1f} GB")

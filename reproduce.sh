@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Every table and figure of the paper, from debates to report:   bash reproduce.sh [auto|smoke|tiny|small|paper] [flags]
+# Every table and figure of the paper, from debates to report:   bash reproduce.sh [auto|PRESET] [flags]
 #
-#   preset  models                                   machine                   aim        disk
-#   smoke   random two-layer, bytes                  any CPU                   2 min      20 MB
-#   tiny    SmolLM2-135M and its first 6 layers      2 CPU cores, 12 GB        38 min     1 GB
-#   small   Qwen2.5-0.5B -> Qwen2.5-1.5B             one GPU, 48 GB            4 h        10 GB
-#   paper   Qwen-7B -> Qwen-14B                      8 GPUs, 80 GB             3 days     210 GB  (estimate: w2s.py plan)
+#   preset      models                               machine                   aim        disk
+#   smoke       random two-layer, bytes              any CPU                   2 min      20 MB
+#   tiny        SmolLM2-135M and its first 6 layers  2 CPU cores, 12 GB        38 min     1 GB
+#   small       Qwen2.5-0.5B -> 1.5B, adapters       one GPU, 24 GB            20 h       10 GB   (RTX 4090; 9 h on an H100)
+#   paper-lora  Qwen-7B -> Qwen-14B, adapters        one GPU, 80 GB            18 days    95 GB   (H100; 2.3 days on 8)
+#   paper       Qwen-7B -> Qwen-14B                  8 GPUs, 80 GB             3 days     210 GB
 #
-# auto takes the largest of paper, small and tiny that `w2s.py plan` finds to fit the GPUs that CUDA_VISIBLE_DEVICES leaves,
+# Hours from small on are estimates of `w2s.py plan`, for every table and figure; --tasks and --methods ask for fewer. auto
+# takes the largest of paper, paper-lora, small and tiny that the plan finds to fit the GPUs that CUDA_VISIBLE_DEVICES leaves,
 # with the flags that it needs for that. Flags go on to `python w2s.py run` (see its --help). Run it again after an
 # interruption: what is finished is not computed again. It works in .venv, unless an environment is active or W2S_NO_VENV=1.
 set -euo pipefail

@@ -39,6 +39,11 @@ class Shape(NamedTuple):
         """Parameters of the blocks, without norms and biases."""
         return self.blocks * (2 * self.D * self.d * (self.heads + self.kv_heads) + 3 * self.D * self.F)
 
+    def adapters(self, rank: int) -> int:
+        """Parameters of adapters of this rank on the blocks' linear layers."""
+        ends = 2 * (2 * self.D + self.d * (self.heads + self.kv_heads)) + 3 * (self.D + self.F)
+        return rank * self.blocks * ends
+
     @property
     def kv(self) -> int:
         """Elements of a token's keys and values."""

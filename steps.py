@@ -21,7 +21,7 @@ import train
 from common import ALONE, Ranks, align_by_id, read_jsonl, write_jsonl
 from debate import PROTOCOLS, assign_side, judge_input, transcript_text, with_evidence
 from generate import DebateConfig
-from model import Classifier, ModelSpec, load_tokenizer, save_model
+from model import Classifier, ModelSpec, load_kept, load_tokenizer, save_model
 from train import TrainConfig
 
 # ---- what a stage does ----
@@ -127,7 +127,7 @@ READ = {"nothing": read_nothing, "evidence": read_evidence, "sides": read_sides}
 
 def weak_choice(floor: Path, dtype: torch.dtype, task: str, order: str) -> debate.Chooser:
     """For market-making: samples and their transcripts so far -> the class that the weak floor, a model's folder, prefers."""
-    classifier = Classifier(ModelSpec(str(floor)), 2, dtype)
+    classifier = load_kept(floor, 2, dtype)
 
     def shown(sample: dict, row: dict) -> str:
         said = transcript_text(task, "market_making", row["sides"], row["turns"])
@@ -164,7 +164,8 @@ class Held:
             torch.cuda.empty_cache()
 
     def classifier(self, spec: ModelSpec, settings: TrainConfig, ranks: Ranks) -> Classifier:
-        return self.get(Classifier, spec, 2, getattr(torch, settings.dtype), settings.kernels, ranks)
+        dtype, adapters = getattr(torch, settings.dtype), (settings.lora_rank, settings.lora_alpha)
+        return self.get(Classifier, spec, 2, dtype, settings.kernels, ranks, *adapters)
 
 
 def make_data(

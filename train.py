@@ -94,7 +94,7 @@ class TrainConfig:
     lr: float = flag(1e-5, "peak learning rate; cosine to zero, no warm-up", float)
     epochs: int = flag(2, "passes over the training samples", int)
     batch_size: int = flag(32, "samples per optimizer step", int)
-    seed: int = flag(0, "order of the samples", int)
+    seed: int = flag(0, "order of the samples, and where adapters start", int)
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
     kernels: str = flag("auto", "head and loss: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True)
@@ -108,6 +108,12 @@ class TrainConfig:
     aux_coef: float = flag(0.5, "logconf loss: weight of the model's own hardened predictions", float)
     warmup_frac: float = flag(0.1, "logconf loss: share of the steps over which that weight ramps up", float)
     aux_warmup: str = flag("openai", "logconf loss: multiply by the step fraction and jump, or rise linearly", choices=("openai", "linear"))  # fmt: skip
+    lora_rank: int = flag(
+        0, "train adapters of this rank on the frozen model's linear layers (0: the whole model)", int
+    )
+    lora_alpha: int = flag(  # a constant: with it the best learning rate is about the same at any rank
+        32, "adapters count alpha / rank times", int
+    )
 
 
 # ---- how a batch is split ----
@@ -251,7 +257,11 @@ def backward_batch(classifier, tokens: list[list[int]], y: Tensor, step_frac: fl
         out[: len(r)].backward(ranks.size * gradient[r])  # FSDP takes the mean over ranks
         classifier.optimizer.accumulate_grads(first=n == 0)
     if ranks.size > 1:
-        torch.distributed.all_reduce(classifier.model.score.weight.grad.div_(ranks.size), group=ranks.group)
+        grads = [p.grad for p in classifier.whole]
+        total = torch.cat([g.flatten() for g in grads]).div_(ranks.size)
+        torch.distributed.all_reduce(total, group=ranks.group)
+        for g, summed in zip(grads, total.split([g.numel() for g in grads]), strict=True):
+            g.copy_(summed.view_as(g))
     return loss
 
 
@@ -262,7 +272,7 @@ def backward_that_fits(classifier, tokens, y, step_frac, config, max_tokens) -> 
             return backward_batch(classifier, tokens, y, step_frac, config, max_tokens), max_tokens
         except torch.OutOfMemoryError:
             max_tokens = min(max_tokens, sum(map(len, tokens))) // 2
-            if classifier.sharded or max_tokens < max(map(len, tokens)):
+            if classifier.ranks.size > 1 or max_tokens < max(map(len, tokens)):
                 raise
         classifier.optimizer.drop_gradients()
         torch.cuda.empty_cache()
@@ -342,12 +352,14 @@ def main() -> None:
     for name in ("train", "test"):
         if not Path(getattr(args, name)).is_file():
             raise InputError(f"--{name} {getattr(args, name)!r}: no such file")
-    for name in ("lr", "epochs", "batch_size", "max_tokens", "max_tokens_per_forward"):
+    for name in ("lr", "epochs", "batch_size", "max_tokens", "max_tokens_per_forward", "lora_alpha"):
         if not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0, and finite")
     for name, most in {"alpha": 1000, "beta": 1000, "aux_coef": 1, "warmup_frac": 1}.items():
         if not 0 <= getattr(args, name) <= most:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to {most}")
+    if args.lora_rank < 0:
+        raise InputError(f"--lora-rank {args.lora_rank}: must not be negative (0: the whole model)")
     if check_out(args.out).exists() and {p.name for p in out.iterdir()} != {"steps.jsonl"}:
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
     resolve(args.kernels)
@@ -360,7 +372,9 @@ def main() -> None:
         raise InputError(f"--train {args.train}: {n_classes} classes; --loss logconf takes 2 classes")
     if (labels == labels[0]).all() and labels[0].max() == 1 and len(labels) > 1:
         raise InputError(f"--train {args.train}: all {len(labels)} rows have the same label, there is nothing to learn")
-    classifier = Classifier(ModelSpec.parse(args.model), n_classes, resolve_dtype(args.dtype), args.kernels, world())
+    adapters = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
+    spec, dtype = ModelSpec.parse(args.model), resolve_dtype(args.dtype)
+    classifier = Classifier(spec, n_classes, dtype, args.kernels, world(), **adapters)
     print0(f"{args.model} in {classifier.dtype}, kernels: {classifier.kernels}")
     cost = finetune(classifier, [r["text"] for r in train], labels, config, out / "steps.jsonl")
     probs = predict(classifier, [r["text"] for r in test], config)

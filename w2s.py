@@ -210,6 +210,7 @@ class Experiment:
             loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
             seed=100 * seed + finetune_seed, dtype=c.dtype, aux_warmup=c.aux_warmup, checkpointing=c.checkpointing,
             kernels=c.kernels, max_tokens_per_forward=c.max_tokens_per_forward, compile=c.compile,
+            lora_rank=0 if c.head_only else c.lora_rank, lora_alpha=c.lora_alpha,
         )  # fmt: skip
         more["keep"] = more.get("keep", False) or c.keep_models
         return Run(

@@ -131,7 +131,7 @@ def planned(spec: ModelSpec, config: train.TrainConfig, tokens: int, longest: in
     """FLOPs per trained token, and GB at the peak of a step of so many tokens on one GPU, by plan.py."""
     shape, e = shape_of(spec), resolve_dtype("auto").itemsize
     tokens = max(longest, min(tokens, config.max_tokens_per_forward))
-    parts = plan.finetuning_memory(shape, 1, tokens, longest, config.checkpointing, e, not GPU)
+    parts = plan.finetuning_memory(shape, 1, tokens, longest, config.checkpointing, e, not GPU, 0)
     return 6 * shape.body, sum(parts.values()) / 1e9
 
 

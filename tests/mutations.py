@@ -37,6 +37,8 @@ GUARDS = [  # guard, file, what stands there, what stands there instead, the tes
     ("float32 from the files", "model.py", "list(self.load().base_model.parameters())", "[p.detach().clone() for p in self.model.base_model.parameters()]", "test_train.py -k starts_from_what"),
     ("constant answers", "report/tables.py", "        if constant := [", "        if constant := False and [", "test_report.py -k never_change"),
     ("embedding of the run before", "model.py", "            self.model.base_model.reshard()", "            pass", "test_distributed.py -k any_number"),
+    ("adapters of all ranks", "model.py", "return [*self.adapters, self.model", "return [self.model", "test_lora.py -k two_ranks"),
+    ("where adapters start", "lora.py", ", generator=generator)", ")", "test_lora.py -k any_history"),
     ("no room left", "common.py", '("OutOfMemoryError", "SafetensorError")', '("OutOfMemoryError",)', "test_robust.py -k no_room_left"),
 ]  # fmt: skip
 

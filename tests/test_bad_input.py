@@ -57,7 +57,7 @@ WORD_BY_WORD = {  # every word of these stands in the line
         "--head-epochs -3", "--epochs 0", "--batch-size 0", "--max-new-tokens 0", "--limit-train -1", "--limit-test 0",
         "--max-sample-tokens 0", "--cache-tokens 0", "--max-tokens-per-forward 0", "--temperature nan", "--temperature inf",
         "--top-p 0.0", "--top-p 1.2", "--dtype float16", "--engine magic", "--aux-warmup steep", "--transcript middle",
-        "--weak-gpus -1", "--strong-gpus -1", "--gpus 2", "--data-dir nowhere", "--data-dir good.jsonl", "--out good.jsonl",
+        "--weak-gpus -1", "--strong-gpus -1", "--lora-rank -1", "--lora-alpha 0", "--gpus 2", "--data-dir nowhere", "--data-dir good.jsonl", "--out good.jsonl",
     ],
     DEBATE: [
         "--task ../sciq", "--protocol quarrel", "--seed one", "--turns 0", "--cache-tokens 0", "--max-new-tokens -1",
@@ -65,12 +65,12 @@ WORD_BY_WORD = {  # every word of these stands in the line
     ],
     TRAIN: [
         "--los brier", "--loss brier", "--epochs two", "--batch-size 0", "--lr -1.0", "--lr inf", "--max-tokens 0", "--max-tokens-per-forward -5", "--aux-coef 1.5", "--warmup-frac nan",
-        "--alpha -1.0", "--beta inf", "--aux-warmup steep", "--test nowhere",
+        "--alpha -1.0", "--beta inf", "--aux-warmup steep", "--test nowhere", "--lora-rank -1", "--lora-alpha 0",
     ],
     PREPARE: ["--task chess", "--limit-train -1"],
 }  # fmt: skip
 MORE_TOLD = [  # script, flags, what the line names beside
-    (W2S, "--preset large", ["smoke", "tiny", "small", "paper"]),
+    (W2S, "--preset large", ["smoke", "tiny", "small", "paper-lora", "paper"]),
     (W2S, "--tasks chess", ["chess", "sciq", "boolq"]),
     (W2S, "--lr 0", ["--lr 0.0", "greater than 0", "finite"]),
     (W2S, "--top-p 2", ["--top-p 2.0", "(0, 1]"]),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_robust import die_at
 from torch.testing import assert_close
 
-from common import read_jsonl, run_script, write_jsonl
+from common import group_size, read_jsonl, run_script, write_jsonl
 
 LOSSES = ("xent", "product", "logconf")
 
@@ -51,7 +51,7 @@ def assert_same(out: Path, whole: Path) -> None:
 # ---- whole pipelines ----
 
 
-@pytest.mark.parametrize("size, groups", [(2, 0), (4, 2)])
+@pytest.mark.parametrize("size, groups", [(2, 0), (3, 2), (4, 2)])
 def test_a_pipeline_is_the_same_on_any_number_of_ranks_and_in_groups(size, groups, smoke, tmp_path):
     """The last batch has one sample, fewer than there are ranks."""
     out = tmp_path / "out"
@@ -175,13 +175,10 @@ run_script(main)
     assert process.returncode == 1 and "this one" in told and f"exitcode  : {code} " in told
 
 
-def test_groups_that_do_not_divide_the_processes_are_refused(tmp_path):
-    command = ("w2s", *SMOKE, tmp_path / "out", "--weak-gpus", 2)
-    ranks = start(3, call, command, stderr=tmp_path / "told")
-    for p in ranks:
-        p.join(300)
-    assert [p.exitcode for p in ranks] == [2] * 3 and not (tmp_path / "out").exists()
-    assert "3 processes cannot be cut into groups of 2" in (tmp_path / "told").read_text()
+@pytest.mark.parametrize("asked, sizes", [(0, [1, 2, 3, 4, 5, 6, 7, 8]), (1, [1] * 8), (4, [1, 2, 3, 4, 5, 6, 7, 4])])
+def test_no_number_of_processes_is_refused_a_group(asked, sizes):
+    """The next divisor up: a model that fits as many GPUs as asked fits those too."""
+    assert [group_size(total, asked) for total in range(1, 9)] == sizes
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def experiments(**given) -> list[w2s.Experiment]:
     return [w2s.Experiment(w2s.Config.of(task, **given), task) for task in given["tasks"]]
 
 
-@pytest.mark.parametrize("preset", ["smoke", "tiny", "small", "paper"])
+@pytest.mark.parametrize("preset", ["smoke", "tiny", "small", "paper-lora", "paper"])
 def test_every_preset_is_planned_offline(tmp_path, preset):
     end = run_plan(tmp_path, "--preset", preset, *ON_8)
     assert end.returncode == 0, end.stderr
@@ -99,16 +99,38 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path, flags, told):
     "gpu, gpus, chosen",
     [
         ("h100-80gb", 8, "paper"),
-        ("h100-80gb", 6, "paper --weak-gpus 6 --checkpointing"),
-        ("h100-80gb", 7, "paper --weak-gpus 7 --max-tokens-per-forward 4096"),
-        ("h100-80gb", 1, "small --max-tokens-per-forward 8192"),
-        ("rtx4090-24gb", 1, "tiny"),
+        ("h100-80gb", 6, "paper --checkpointing"),
+        ("h100-80gb", 7, "paper --max-tokens-per-forward 4096"),
+        ("h100-80gb", 1, "paper-lora"),
+        ("h100-80gb", 3, "paper-lora"),
+        ("rtx4090-24gb", 1, "small"),
         (None, None, "tiny"),  # a CPU
     ],
 )
 def test_auto_takes_the_largest_preset_that_fits_with_the_flags_it_needs(gpu, gpus, chosen, capsys):
     plan.choose_preset(lambda preset: experiments(preset=preset, gpu=gpu, gpus=gpus))
     assert capsys.readouterr().out.strip() == chosen
+
+
+@pytest.mark.parametrize("gpus", range(1, 9))
+@pytest.mark.parametrize("preset, gpu, gb", [("small", "rtx4090-24gb", 20), ("paper-lora", "h100-80gb", 76)])
+def test_presets_with_adapters_fit_any_number_of_one_gpu(preset, gpu, gb, gpus):
+    made = experiments(preset=preset, gpu=gpu, gpus=gpus, tasks=("sciq", "boolq", "cosmos_qa", "anthropic_hh"))
+    assert max(most for most, *_ in plan.peaks(made, GPUS[gpu], gpus, {}).values()) < gb
+
+
+def test_a_step_of_adapters_by_the_published_shape_of_qwen_14b():
+    """No gradient of the frozen weights: 4 N FLOPs a token, 2 bytes a weight; of the adapters 16."""
+    N, D, F, blocks, V = 40 * (4 * 5120**2 + 3 * 5120 * 13696), 5120, 13696, 40, 152064
+    for gpus, changes, flops in ((1, {}, 4), (1, {"checkpointing": True}, 6), (2, {"strong_gpus": 2}, 4)):
+        made = experiments(preset="paper-lora", **changes)[0]
+        of_run = plan.Plan(made.config, "sciq", GPUS["h100-80gb"], gpus)
+        run = made.strong_ceiling(0)
+        step, parts = of_run.train_step(run, 22), of_run.memory(run)
+        adapters = 16 * blocks * (4 * 2 * D + 3 * (D + F))
+        assert step["training"] == pytest.approx(flops * N * 32 * 22 / gpus / (989e12 * 0.4))
+        assert step["link"] == pytest.approx(8 * adapters * (gpus - 1) / gpus / (450e9 * 0.8))
+        assert (parts["frozen"], parts["adapters"]) == (2 * (N + V * D), 16 * adapters)
 
 
 def test_every_task_has_its_sizes_and_every_passage_its_length():
@@ -161,18 +183,21 @@ def planned(spec: ModelSpec, **given) -> plan.Plan:
     return found
 
 
+@pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("dtype, checkpointing", [("float32", False), ("float32", True), ("bfloat16", False)])
-def test_memory_of_a_finetuning_is_what_was_measured(spec, dtype, checkpointing):
-    """Peaks of what torch allocates on a CPU, which keeps scores too, within 15%."""
+def test_memory_of_a_finetuning_is_what_was_measured(spec, dtype, checkpointing, rank):
+    """Peaks of what torch allocates on a CPU, which keeps scores too, within 15%; 20% where activations are most of it and
+    bfloat16, since the norms then keep their inputs in float32, which is not counted."""
     config = train.TrainConfig(epochs=2, batch_size=8, checkpointing=checkpointing, kernels="reference")
 
     def finetune() -> None:
-        classifier = model.Classifier(spec, 2, getattr(torch, dtype), "reference")
+        classifier = model.Classifier(spec, 2, getattr(torch, dtype), "reference", lora_rank=rank, lora_alpha=16)
         train.finetune(classifier, ["x" * 128] * 8, torch.full((8, 2), 0.5), config)
 
     run = w2s.Run("strong", spec, config, predicts=("test",))
-    parts = planned(spec, dtype=dtype, checkpointing=checkpointing).memory(run)
-    assert sum(parts.values()) == pytest.approx(peak(finetune), rel=0.15), parts
+    parts = planned(spec, dtype=dtype, checkpointing=checkpointing, lora_rank=rank).memory(run)
+    within = 0.2 if rank and dtype == "bfloat16" else 0.15
+    assert sum(parts.values()) == pytest.approx(peak(finetune), rel=within), parts
 
 
 def test_memory_of_debates_is_what_was_measured(spec):

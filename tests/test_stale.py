@@ -25,6 +25,8 @@ READ_BY = {
     "--epochs 3": TRAINED,
     "--batch-size 3": TRAINED,
     "--aux-warmup linear": TRAINED,
+    "--lora-rank 4": TRAINED,
+    "--lora-alpha 8": TRAINED,
     "--checkpointing": set(),
     "--dtype bfloat16": DEBATES | TRAINED | ZERO_SHOT,
     "--max-tokens-per-forward 99": set(),
