@@ -55,7 +55,7 @@ def main() -> None:
             source = (copy / file).read_text()
             assert source.count(old) == 1, (guard, old)
             (copy / file).write_text(source.replace(old, new))
-            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *test.split()]
+            command = [sys.executable, "-m", "pytest", "-x", "-rf", "-p", "no:cacheprovider", *test.split()]
             end = subprocess.run(command, cwd=copy / "tests", capture_output=True, text=True)
         failed = re.findall(r"^FAILED (.*?)(?: - |$)", end.stdout, re.MULTILINE) or [
             f"none (exit code {end.returncode})"
