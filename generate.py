@@ -28,6 +28,7 @@ from model import (
     resolve_dtype,
     to_device,
 )
+from sizes import CPU_CACHE_TOKENS, Shape, debate_tokens, fitting_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +40,16 @@ class DebateConfig:
         False, "ask through the model's chat template (for a chat model); default: the plain prompt", bool
     )
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
-    cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int, speed=True)
+    cache_tokens: int | None = flag(
+        None, "tokens of keys and values that a batch may fill; default: what fits the GPU", int, speed=True
+    )
     engine: str = flag("replicated", "replicated: a copy of the model per process; sharded: one copy over all; vllm",
                        choices=("replicated", "sharded", "vllm"))  # fmt: skip
 
-    def batch_size(self, characters: int, seeds: int, turns: int) -> int:
-        """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
-        tokens = 60 + characters / 2.5 + turns * (self.max_new_tokens + 8)  # with opening, instruction, speakers' names
-        return max(1, int(self.cache_tokens / (seeds * tokens)))
+
+def batch_size(cache_tokens: int, characters: int, seeds: int, turns: int, max_new_tokens: int) -> int:
+    """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
+    return max(1, int(cache_tokens / (seeds * debate_tokens(characters, turns, max_new_tokens))))
 
 
 # ---- keyed sampling ----
@@ -270,6 +273,23 @@ class Debater:
         auto_class, dtype = transformers.AutoModelForCausalLM, resolve_dtype(self.config.dtype)
         self.model = load_model(self.spec, auto_class, dtype, "grouped", parallel).to(device()).eval()
 
+    @functools.cached_property
+    def cache_tokens(self) -> int:
+        """Tokens of keys and values that a batch may fill: those asked for, or what the GPU with the least free memory holds.
+
+        Every rank must ask, since all of them make the same batches.
+        """
+        if self.config.cache_tokens or device().type == "cpu":
+            return self.config.cache_tokens or CPU_CACHE_TOKENS
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        shares = self.ranks.size if self.config.engine == "sharded" else 1
+        m, e = Shape.of(self.model.config), self.model.dtype.itemsize
+        return min(self.ranks.gather(fitting_tokens(free, m, e, self.config.max_new_tokens, shares)))
+
+    def batch_size(self, characters: int, seeds: int, turns: int) -> int:
+        """Samples with so long a text that are debated at once, each with all its seeds and turns."""
+        return batch_size(self.cache_tokens, characters, seeds, turns, self.config.max_new_tokens)
+
     def tokens(self, text: str, start: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
 
@@ -397,6 +417,11 @@ class VllmDebater(Debater):
             vllm.SamplingParams, temperature=config.temperature, top_p=config.top_p, min_tokens=1,
             max_tokens=config.max_new_tokens, stop_token_ids=self.is_end.nonzero().flatten().tolist(),
         )  # fmt: skip
+
+    @property
+    def cache_tokens(self) -> int:
+        """vLLM has taken the memory, and makes batches that fit it out of what it is given at once."""
+        return self.config.cache_tokens or 2**20
 
     def prefill(self, openings: list[list[int]], copies: int) -> list[list[int]]:
         return [list(o) for o in openings for _ in range(copies)]

@@ -188,7 +188,8 @@ def debater(tiny_model):
 def transcripts(debater, samples, folder, seeds=(0,), turns=3, chunk=8, protocol="debate", choose=None):
     """File contents by debate seed."""
     files = {k: folder / f"seed{k}.jsonl" for k in seeds}
-    make_transcripts(lambda: debater, "sciq", protocol, samples, files, turns, lambda *_, **__: chunk, choose)
+    debater.batch_size = lambda *_, **__: chunk
+    make_transcripts(lambda: debater, "sciq", protocol, samples, files, turns, choose)
     return {k: path.read_bytes() for k, path in files.items()}
 
 
@@ -276,18 +277,16 @@ def test_a_killed_run_continues_to_the_same_bytes(debater, samples, six_turns, t
 def test_finished_transcripts_need_no_model(debater, samples, three_turns, tmp_path):
     transcripts(debater, samples, tmp_path)
     files = {0: tmp_path / "seed0.jsonl"}
-    cost = make_transcripts(
-        lambda: pytest.fail("the model was loaded"), "sciq", "debate", samples, files, 3, DebateConfig().batch_size
-    )
+    cost = make_transcripts(lambda: pytest.fail("the model was loaded"), "sciq", "debate", samples, files, 3)
     assert cost["new_tokens"] == cost["turns"] == 0
 
 
 def test_the_cost_is_counted(debater, samples, tmp_path):
     files = {k: tmp_path / f"seed{k}.jsonl" for k in (0, 1)}
-    cost = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 2, lambda *_, **__: 4)
+    cost = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 2)
     assert cost["turns"] == 9 * 2 * 2
     assert cost["new_tokens"] == sum(sum(r["n_tokens"]) for path in files.values() for r in read_jsonl(path))
-    more = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 3, lambda *_, **__: 4)
+    more = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 3)
     assert more["turns"] == 9 * 2
     assert more["new_tokens"] == sum(r["n_tokens"][2] for path in files.values() for r in read_jsonl(path))
 
@@ -405,7 +404,7 @@ def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monk
 
 
 def test_zero_shot_is_the_likelihood_of_the_two_sides_about_its_median(debater, samples, monkeypatch):
-    monkeypatch.setattr(generate.DebateConfig, "batch_size", lambda *_, **__: 3)  # more than one batch
+    monkeypatch.setattr(debater, "batch_size", lambda *_, **__: 3)  # more than one batch
     batch, odds = [s | {"evidence": "It is so."} for s in samples[:5]], []
     asked = debater.tokens("Decide whether the answer is correct or incorrect.\nThe answer is")
     for s in batch:
