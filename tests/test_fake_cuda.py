@@ -247,6 +247,26 @@ def test_sampling(name, temperature, top_p, gpu):
 
 
 @pytest.mark.parametrize("name", QWENS)
+def test_a_batch_of_debates_is_what_fits_the_fullest_gpu(name, gpu, monkeypatch):
+    shape, debater = sizes.SHAPES[name]._replace(blocks=BLOCKS), Debater.__new__(Debater)
+    for function, value in {"mem_get_info": (50e9, 80e9), "memory_reserved": 7e9, "memory_allocated": 3e9}.items():
+        monkeypatch.setattr(torch.cuda, function, lambda value=value: value)
+    monkeypatch.setattr(generate, "device", lambda: torch.device("meta"))
+    debater.model = types.SimpleNamespace(config=config_of(name), dtype=torch.bfloat16)
+    debater.config, debater.ranks = DebateConfig(), generate.ALONE
+    tokens = debater.cache_tokens
+    seeds, turns = 4, 3
+    rows = seeds * debater.batch_size(400, seeds, turns)
+    assert 0.8 * tokens < rows * sizes.debate_tokens(400, turns, 200) <= tokens
+    used = sum(sizes.decoding_memory(shape, 2, tokens, rows, tokens).values())
+    assert 0.5 * 54e9 < used < 0.9 * 54e9  # free on the card, and what torch holds and does not use
+    for config, others, found in ((DebateConfig(), 1234, 1234), (DebateConfig(cache_tokens=99), 1234, 99)):
+        debater.config, debater.ranks = config, types.SimpleNamespace(size=2, gather=lambda x, n=others: [x, n])
+        del debater.cache_tokens
+        assert debater.cache_tokens == found
+
+
+@pytest.mark.parametrize("name", QWENS)
 def test_attention_of_a_new_token_copies_no_key(name, gpu):
     s, B, T = sizes.SHAPES[name], 128, 704
     q = torch.empty(B, s.heads, 1, s.d, dtype=torch.bfloat16, device="meta")
