@@ -147,8 +147,13 @@ def two_products(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, s
 
 
 def rounded(columns: int) -> int:
-    """Up to a multiple of 64: attention sees so many columns, and its shapes change seldom."""
+    """Up to a multiple of 64, as room is made."""
     return -(-columns // 64) * 64
+
+
+def seen(columns: int, new: int) -> int:
+    """Columns that attention sees: with one new token a row up to a multiple of 64, so that shapes change seldom."""
+    return rounded(columns) if new == 1 else columns
 
 
 class KVLayer(DynamicLayer):
@@ -163,12 +168,13 @@ class KVLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.buffers:
             self.buffers, self.is_initialized = [key_states[:, :, :0], value_states[:, :, :0]], True
-        start, self.length = self.length, self.length + key_states.shape[2]
+        n, start = key_states.shape[2], self.length
+        self.length += n
         for i, new in enumerate((key_states, value_states)):
             if more := self.capacity - self.buffers[i].shape[2]:
                 self.buffers[i] = F.pad(self.buffers[i], (0, 0, 0, more))
             self.buffers[i][:, :, start : self.length] = new
-        return tuple(b[:, :, : rounded(self.length)] for b in self.buffers)
+        return tuple(b[:, :, : seen(self.length, n)] for b in self.buffers)
 
     def select(self, rows: Tensor) -> "KVLayer":
         other = KVLayer()
@@ -204,11 +210,12 @@ class Session:
         self.reserve(self.columns + room)
         self.mask[:, start : self.columns] = new
         positions = (self.mask[:, :start].sum(1, keepdim=True) + new.cumsum(1) - 1).clamp_min(0)
-        seen = self.mask[:, None, None, : rounded(self.columns)]
+        open_to = self.mask[:, None, None, : seen(self.columns, n)]
         if n > 1:
-            seen = seen & seen.new_ones(n, seen.shape[3]).tril(start)
+            open_to = open_to & open_to.new_ones(n, self.columns).tril(start)
         # added to the scores, and of four dimensions: transformers takes it as it is, without a look at its values
-        mask = torch.zeros_like(seen, dtype=self.model.dtype).masked_fill_(~seen, torch.finfo(self.model.dtype).min)
+        mask = torch.zeros_like(open_to, dtype=self.model.dtype)
+        mask.masked_fill_(~open_to, torch.finfo(mask.dtype).min)
         hidden = self.model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state[:, -1]
