@@ -165,8 +165,10 @@ class Config:
         0, "processes that share a finetuning of the weak model, or the next divisor of their number (0: all)", int
     )
     strong_gpus: int = flag(0, "the same for the strong model", int)
-    cache_tokens: int = flag(
-        DebateConfig.cache_tokens, "tokens of keys and values that a batch of debates may fill", int
+    cache_tokens: int | None = flag(
+        DebateConfig.cache_tokens,
+        "tokens of keys and values that a batch of debates may fill; default: what fits the GPU",
+        int,
     )
     max_tokens_per_forward: int = flag(
         TrainConfig.max_tokens_per_forward, "most tokens in one forward of finetuning; does not change the result", int

@@ -143,7 +143,7 @@ def zero_shot(debater: Debater, task: str, samples: list[dict]) -> list[list[flo
     sides = [debater.tokens(f" {name}") for name in PROMPTS[task].sides]
     claim = PROMPTS[task].claim.format(side="").strip()
     question = f"Decide whether {PROMPTS[task].debated}.{debater.after or chr(10)}{claim[0].upper()}{claim[1:]}"
-    for chunk in chunks(samples, lambda n: debater.config.batch_size(n, seeds=1, turns=1)):
+    for chunk in chunks(samples, lambda n: debater.batch_size(n, seeds=1, turns=1)):
         prompts = [encode_question(debater, task, "zero_shot", s) for s in chunk]
         log_p = debater.log_likelihoods(prompts, debater.tokens(question), sides)
         odds |= {s["id"]: one - zero for s, (zero, one) in zip(chunk, log_p, strict=True)}
@@ -212,13 +212,12 @@ def chunks(samples: list[dict], size: Callable[[int], int]) -> Iterator[list[dic
 
 def make_transcripts(
     debater: Callable[[], Debater], task: str, protocol: str, samples: list[dict], files: dict[int, Path], turns: int,
-    size: Callable[[int, int, int], int], choose: Chooser | None = None, together: bool = False,
-    ranks: Ranks = ALONE,
+    choose: Chooser | None = None, together: bool = False, ranks: Ranks = ALONE,
 ) -> dict:  # fmt: skip
     """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
 
-    `size` of characters, seeds and turns is how many samples are generated at once (DebateConfig.batch_size). These
-    chunks are appended to part files as they finish and the whole is renamed at the end. A file that holds fewer turns
+    Chunks of as many samples as the debater takes at once are appended to part files as they finish and the whole is
+    renamed at the end. A file that holds fewer turns
     is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
     processes chunk i goes to rank i % world_size, which has part files of its own, unless they make every chunk
     `together`; what a run with any number of them has left is used, and rank 0 joins the parts.
@@ -240,7 +239,7 @@ def make_transcripts(
         ranks.barrier()
         done = {k: read_parts(stems[k]) for k in seeds}
         ranks.barrier()
-        at_once = functools.partial(size, seeds=len(seeds), turns=turns)
+        at_once = functools.partial(debater().batch_size, seeds=len(seeds), turns=turns)
         pending = [c for c in chunks(samples, at_once) if not all(s["id"] in done[k] for k in seeds for s in c)]
         me, copies = (0, 1) if together else (ranks.rank, ranks.size)
         mine = pending[me::copies]
@@ -341,7 +340,7 @@ class Args(DebateConfig):
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "debate.py", __doc__)
-    for name, ok in {"turns": args.turns >= 1, "cache_tokens": args.cache_tokens >= 1, "max_new_tokens": args.max_new_tokens >= 1,
+    for name, ok in {"turns": args.turns >= 1, "cache_tokens": args.cache_tokens is None or args.cache_tokens >= 1, "max_new_tokens": args.max_new_tokens >= 1,
                      "temperature": 0 <= args.temperature < float("inf"), "top_p": 0 < args.top_p <= 1,
                      "show": args.show >= 0}.items():  # fmt: skip
         if not ok:
@@ -378,8 +377,7 @@ def main() -> None:
 
     def make(folder: Path, ranks: Ranks) -> dict:
         return make_transcripts(
-            debater, args.task, args.protocol, samples, files, args.turns, config.batch_size, choose,
-            config.engine == "sharded", ranks,
+            debater, args.task, args.protocol, samples, files, args.turns, choose, config.engine == "sharded", ranks,
         )  # fmt: skip
 
     asked = {"task": args.task, "protocol": args.protocol, "model": ModelSpec.parse(args.strong).identity()}

@@ -1,12 +1,14 @@
 """Generation: keyed sampling, a KV cache that keeps what was said, and the engines that speak a turn.
 
 It knows tokens, not prompts: debate.py writes those. The noise of a token is a function of the row's key and its
-position, so what a row says does not depend on its batch. Shapes: B rows, T columns, D width, H heads, V vocabulary.
+position, so what a row says does not depend on its batch. Inside a turn the CPU never waits for what a GPU is still
+computing. Shapes: B rows, T columns, P positions of a turn, D width, H heads, V vocabulary.
 """
 
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,19 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from common import ALONE, InputError, Ranks, flag, stable_hash
-from model import ModelSpec, device, load_config, load_model, load_tokenizer, resolve_dtype
+from model import (
+    ModelSpec,
+    device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    refuse_special_attention,
+    resolve_dtype,
+    to_device,
+)
+from sizes import CPU_CACHE_TOKENS, Shape, debate_tokens, fitting_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +40,34 @@ class DebateConfig:
         False, "ask through the model's chat template (for a chat model); default: the plain prompt", bool
     )
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
-    cache_tokens: int = flag(32768, "tokens of keys and values that a batch may fill", int, speed=True)
+    cache_tokens: int | None = flag(
+        None, "tokens of keys and values that a batch may fill; default: what fits the GPU", int, speed=True
+    )
     engine: str = flag("replicated", "replicated: a copy of the model per process; sharded: one copy over all; vllm",
                        choices=("replicated", "sharded", "vllm"))  # fmt: skip
 
-    def batch_size(self, characters: int, seeds: int, turns: int) -> int:
-        """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
-        tokens = 60 + characters / 2.5 + turns * (self.max_new_tokens + 8)  # with opening, instruction, speakers' names
-        return max(1, int(self.cache_tokens / (seeds * tokens)))
+
+def batch_size(cache_tokens: int, characters: int, seeds: int, turns: int, max_new_tokens: int) -> int:
+    """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
+    return max(1, int(cache_tokens / (seeds * debate_tokens(characters, turns, max_new_tokens))))
 
 
 # ---- keyed sampling ----
 
 
+def splitmix64(keys: Tensor, n: Tensor) -> Tensor:
+    """Output number n (from 0) of the SplitMix64 generator (Steele et al. 2014) that starts at each key; int64, broadcast."""
+    z = keys + (n + 1) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z ^= (z >> shift).bitwise_and_((1 << 64 - shift) - 1)
+        z *= factor
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+
+
 def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Gumbel noise, float64: output number `tokens` of the SplitMix64 generator (Steele et al. 2014) started at `keys`."""
-    z = keys + (tokens + 1) * -0x61C8864680B583EB
-    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
-    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
-    u = ((z ^ (z >> 31 & (1 << 33) - 1)) >> 40 & (1 << 24) - 1).double().add_(0.5).mul_(2.0**-24)
-    return -(-u.log()).log()
+    """Gumbel noise, float64, from the upper 24 bits of SplitMix64's output number `tokens` for each key."""
+    u = (splitmix64(keys, tokens) >> 40).bitwise_and_((1 << 24) - 1).double().add_(0.5).mul_(2.0**-24)
+    return u.log_().neg_().log_().neg_()
 
 
 MAX_GUMBEL = 17.33  # -log(-log(u)) of the largest u, 1 - 2^-25
@@ -57,18 +76,26 @@ MAX_GUMBEL = 17.33  # -log(-log(u)) of the largest u, 1 - 2^-25
 def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
     """One token a row, the argmax of logits / temperature + Gumbel noise, noise being a function of (key, token).
 
-    logits [B, V] float32, keys [B] int64 -> [B]. Only tokens that the noise can lift to the top are looked at; the
-    result is that of noise on all of them.
+    logits [B, V] float32, keys [B] int64 -> [B].
     """
-    if top_p < 1 and temperature > 0:
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_p < 1:
         p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
         outside = (p.cumsum(-1) - p) >= top_p
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+    return (sample_dense if logits.is_cuda else sample_sparse)(logits, keys, temperature)
+
+
+def sample_dense(logits: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """With noise on all tokens: shapes do not depend on the logits, so nobody waits for a GPU."""
+    noise = gumbel(keys[:, None], torch.arange(logits.shape[1], device=logits.device))
+    return noise.add_(logits.double().div_(temperature)).argmax(-1)
+
+
+def sample_sparse(logits: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """The same token, by a look only at those that the noise can lift to the top: on a CPU much the faster way."""
     top, token = logits.max(-1)
-    if not top.isfinite().all():
-        raise FloatingPointError("the debater's logits are not finite; choose another --dtype or check its weights")
-    if temperature == 0:
-        return token
     within_reach = top + temperature * (gumbel(keys, token) - MAX_GUMBEL).float()
     rows, tokens = (logits >= within_reach[:, None]).nonzero(as_tuple=True)
     noisy = logits[rows, tokens].double() / temperature + gumbel(keys[rows], tokens)
@@ -77,14 +104,30 @@ def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0)
     return token.scatter(0, rows[won], tokens[won])
 
 
+def start_reading(x: Tensor) -> Callable[[], int]:
+    """Begins to bring a number to the host. What is returned waits for it, and for nothing that was asked of a GPU later."""
+    if not x.is_cuda:
+        return x.item
+    number, there = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record()
+
+    def read() -> int:
+        there.synchronize()
+        return number.item()
+
+    return read
+
+
 # ---- decoding ----
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """torch's SDPA; for one new token per row the query heads of one key head are its rows, so that no key is copied.
 
-    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], true where a query may look -> [B, n, H, d].
+    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], which is added to the scores -> [B, n, H, d].
+    Raises InputError where the model asks for more than that.
     """
+    refuse_special_attention(module, key.shape[2], options)
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     (B, H, _, d), G = query.shape, key.shape[1]
@@ -93,103 +136,113 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     return out.reshape(B, 1, H, d), None
 
 
-def two_products(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None = None
-) -> Tensor:
+def two_products(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float | None = None) -> Tensor:
     """F.scaled_dot_product_attention for few queries on a CPU: [B, G, R, d], [B, G, T, d], mask [B, 1, 1, T] -> [B, G, R, d]."""
     (B, G, R, d), T = query.shape, key.shape[2]
     scores = torch.bmm(query.reshape(B * G, R, d), key.flatten(0, 1).mT).view(B, G, R, T).float()
     scores *= d**-0.5 if scale is None else scale
-    if attn_mask is not None:
-        scores.masked_fill_(~attn_mask, -torch.inf)
+    scores += attn_mask
     weights = scores.softmax(-1).to(value.dtype).view(B * G, R, T)
     return torch.bmm(weights, value.flatten(0, 1)).view(B, G, R, d)
 
 
-class GrowingKVLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer with room to grow: a new token is written in place, not concatenated.
+def rounded(columns: int) -> int:
+    """Up to a multiple of 64, as room is made."""
+    return -(-columns // 64) * 64
 
-    For one new token attention gets the whole buffer, which is contiguous; columns that hold nothing are masked out.
-    """
+
+def seen(columns: int, new: int) -> int:
+    """Columns that attention sees: with one new token a row up to a multiple of 64, so that shapes change seldom."""
+    return rounded(columns) if new == 1 else columns
+
+
+class KVLayer(DynamicLayer):
+    """Keys and values of one layer in buffers [B, H_kv, capacity, d]: a new token is written in place, not concatenated."""
 
     length = capacity = 0
+    buffers: list[Tensor] = []
 
     def get_seq_length(self) -> int:
         return self.length
 
-    def capacity_for(self, columns: int) -> int:
-        return max(self.capacity, -(-columns // 64) * 64)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        columns = self.length + query_length
-        return columns if query_length > 1 else self.capacity_for(columns), 0
-
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.capacity:
+        if not self.buffers:
             self.buffers, self.is_initialized = [key_states[:, :, :0], value_states[:, :, :0]], True
-        seen, columns = self.get_mask_sizes(key_states.shape[2])[0], self.length + key_states.shape[2]
-        more, self.capacity = self.capacity_for(columns) - self.capacity, self.capacity_for(columns)
+        n, start = key_states.shape[2], self.length
+        self.length += n
         for i, new in enumerate((key_states, value_states)):
-            if more:
+            if more := self.capacity - self.buffers[i].shape[2]:
                 self.buffers[i] = F.pad(self.buffers[i], (0, 0, 0, more))
-            self.buffers[i][:, :, self.length : columns] = new
-        self.length = columns
-        self.keys, self.values = (b[:, :, :seen] for b in self.buffers)
-        return self.keys, self.values
+            self.buffers[i][:, :, start : self.length] = new
+        return tuple(b[:, :, : seen(self.length, n)] for b in self.buffers)
 
-    def select(self, rows: Tensor) -> "GrowingKVLayer":
-        other = GrowingKVLayer()
-        other.buffers, other.length, other.capacity = [b[rows] for b in self.buffers], self.length, self.capacity
-        other.is_initialized = True
+    def select(self, rows: Tensor) -> "KVLayer":
+        other = KVLayer()
+        other.length, other.capacity, other.is_initialized = self.length, self.capacity, True
+        other.buffers = [b[rows] for b in self.buffers]
         return other
 
 
 class Session:
-    """A batch of growing contexts over one KV cache. Columns that a row does not use are masked out."""
+    """A batch of growing contexts over one KV cache. `mask` [B, capacity] is true where a column holds a row's token."""
 
     def __init__(self, model: torch.nn.Module, n_rows: int):
-        self.model = model
-        self.cache = Cache([GrowingKVLayer() for _ in range(model.config.num_hidden_layers)])
-        self.mask = torch.zeros(n_rows, 0, dtype=torch.long, device=model.device)  # [B, columns]
+        self.model, self.columns = model, 0
+        self.cache = Cache([KVLayer() for _ in range(model.config.num_hidden_layers)])
+        self.mask = torch.zeros(n_rows, 0, dtype=torch.bool, device=model.device)
+
+    def reserve(self, columns: int) -> None:
+        """Room for so many columns, of which those still unused are masked out."""
+        if (more := rounded(columns) - self.mask.shape[1]) > 0:
+            self.mask = F.pad(self.mask, (0, more))
+            for layer in self.cache.layers:
+                layer.capacity = self.mask.shape[1]
 
     @torch.no_grad()
-    def forward(self, *blocks: list[list[int]] | Tensor) -> Tensor:
+    def forward(self, *blocks: list[list[int]] | Tensor, room: int = 0) -> Tensor:
         """Append blocks of token lists (or one token a row, [B]), each block aligned at its end, in one forward.
 
-        Returns the logits [B, V] after each row's last token.
+        Reserves `room` for so many columns more. Returns the logits [B, V] after each row's last token.
         """
-        ids, new = (torch.cat(parts, dim=1).to(self.mask.device) for parts in zip(*map(aligned, blocks), strict=True))
-        positions = (self.mask.sum(1, keepdim=True) + new.cumsum(1) - 1).clamp_min(0)
-        self.mask = torch.cat([self.mask, new], dim=1)
+        ids, new = (torch.cat(x, 1) for x in zip(*(aligned(b, self.mask.device) for b in blocks), strict=True))
+        n, start = ids.shape[1], self.columns
+        self.columns += n
+        self.reserve(self.columns + room)
+        self.mask[:, start : self.columns] = new
+        positions = (self.mask[:, :start].sum(1, keepdim=True) + new.cumsum(1) - 1).clamp_min(0)
+        open_to = self.mask[:, None, None, : seen(self.columns, n)]
+        if n > 1:
+            open_to = open_to & open_to.new_ones(n, self.columns).tril(start)
+        # added to the scores, and of four dimensions: transformers takes it as it is, without a look at its values
+        mask = torch.zeros_like(open_to, dtype=self.model.dtype)
+        mask.masked_fill_(~open_to, torch.finfo(mask.dtype).min)
         hidden = self.model.base_model(
-            input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         ).last_hidden_state[:, -1]
         return self.model.get_output_embeddings()(hidden).float()
 
-    def columns(self) -> int:
-        return self.mask.shape[1]
-
     def truncate(self, columns: int) -> None:
         """Forget everything after the first `columns` columns."""
-        self.mask = self.mask[:, :columns]
+        self.columns, self.mask[:, columns:] = columns, False
         for layer in self.cache.layers:
             layer.length = columns
 
     def select(self, rows: Tensor) -> "Session":
         """A session of its own with these rows, an index of [B]; a row may be there several times."""
         other = Session(self.model, 0)
-        other.mask = self.mask[rows]
+        other.mask, other.columns = self.mask[rows], self.columns
         other.cache.layers = [layer.select(rows) for layer in self.cache.layers]
         return other
 
 
-def aligned(block: list[list[int]] | Tensor) -> tuple[Tensor, Tensor]:
+def aligned(block: list[list[int]] | Tensor, dev: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, columns] of token lists, padded at the front."""
     if isinstance(block, Tensor):
         return block[:, None], torch.ones_like(block[:, None])
     width = max(map(len, block))
     ids = torch.tensor([[0] * (width - len(t)) + t for t in block])
-    return ids, torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in block])
+    mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in block])
+    return to_device(ids, dev), to_device(mask, dev)
 
 
 # ---- engines ----
@@ -223,9 +276,26 @@ class Debater:
 
     def load(self, parallel=None) -> None:
         transformers.AttentionInterface.register("grouped", grouped_attention)
-        transformers.AttentionMaskInterface.register("grouped", sdpa_mask)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan, slowly, for every new shape
         auto_class, dtype = transformers.AutoModelForCausalLM, resolve_dtype(self.config.dtype)
         self.model = load_model(self.spec, auto_class, dtype, "grouped", parallel).to(device()).eval()
+
+    @functools.cached_property
+    def cache_tokens(self) -> int:
+        """Tokens of keys and values that a batch may fill: those asked for, or what the GPU with the least free memory holds.
+
+        Every rank must ask, since all of them make the same batches.
+        """
+        if self.config.cache_tokens or device().type == "cpu":
+            return self.config.cache_tokens or CPU_CACHE_TOKENS
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        shares = self.ranks.size if self.config.engine == "sharded" else 1
+        m, e = Shape.of(self.model.config), self.model.dtype.itemsize
+        return min(self.ranks.gather(fitting_tokens(free, m, e, self.config.max_new_tokens, shares)))
+
+    def batch_size(self, characters: int, seeds: int, turns: int) -> int:
+        """Samples with so long a text that are debated at once, each with all its seeds and turns."""
+        return batch_size(self.cache_tokens, characters, seeds, turns, self.config.max_new_tokens)
 
     def tokens(self, text: str, start: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=start and not self.config.chat)["input_ids"]
@@ -249,40 +319,51 @@ class Debater:
         """One turn per key: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
 
         With more keys than prompts each row is read once and continued by so many neighbouring copies. Samples until an
-        end token or the limit. A turn has at least one token: the end is barred at position 0. Rows that ended are dropped
-        once they are half of the batch.
+        end token or the limit. A turn has at least one token: the end is barred at position 0. Raises FloatingPointError.
         """
-        config, turn = self.config, session
-        logits = session.forward(*before, prompts).masked_fill(self.is_end, -torch.inf)
-        columns = session.columns() - max(map(len, prompts))
+        P = self.config.max_new_tokens
+        logits = session.forward(*before, prompts, room=P).masked_fill(self.is_end, -torch.inf)
+        columns = session.columns - max(map(len, prompts))
         if len(keys) > len(prompts):  # the session itself gets the copies, for the turns to come
             each = torch.arange(len(prompts), device=logits.device).repeat_interleave(len(keys) // len(prompts))
             logits = logits[each]
             vars(session).update(vars(session.select(each)))
-        said: list[list[int]] = [[] for _ in keys]
-        rows = list(range(len(keys)))  # of the batch, as it shrinks
-        open_rows = set(rows)
-        for position in range(config.max_new_tokens):
-            noise = torch.tensor([stable_hash(*keys[r], position) for r in rows], device=logits.device)
-            token = self.sample(logits, noise)
-            for r, t, end in zip(rows, token.tolist(), self.is_end[token].tolist(), strict=True):
-                if end:
-                    open_rows.discard(r)
-                elif r in open_rows:
-                    said[r].append(t)
-            if not open_rows or position + 1 == config.max_new_tokens:
-                break
-            if 2 * len(open_rows) <= len(rows):
-                keep = torch.tensor([i for i, r in enumerate(rows) if r in open_rows], device=token.device)
-                turn, token, rows = turn.select(keep), token[keep], [rows[i] for i in keep.tolist()]
-            logits = turn.forward(token)
+        of_rows = to_device(torch.tensor([stable_hash(*k) for k in keys]), logits.device)
+        of_positions = splitmix64(of_rows, torch.arange(P, device=logits.device)[:, None])
+        said, finite = self.decode(session, logits, of_positions)
         session.truncate(columns)
-        return said
+        if not finite:
+            raise FloatingPointError("the debater's logits are not finite; choose another --dtype or check its weights")
+        return [[token for token in row if token >= 0] for row in said.T.tolist()]
+
+    def decode(self, session: Session, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [P, B] that continue `logits` [B, V] with the noise of `keys` [P, B], -1 from a row's end on; all finite?
+
+        Rows that ended are dropped once they are half of the batch. How many are open a GPU says a step late: the CPU has
+        given it the next step by then.
+        """
+        said, finite = torch.full_like(keys, -1), torch.ones((), dtype=torch.bool, device=keys.device)
+        rows = torch.arange(keys.shape[1], device=keys.device)  # of `said`, as the batch shrinks
+        is_open, n_open, late = torch.ones_like(rows, dtype=torch.bool), [], int(keys.is_cuda)
+        for position, row_keys in enumerate(keys):
+            token = self.sample(logits, row_keys[rows])
+            finite &= logits.gather(1, token[:, None]).isfinite().all()  # the token of a row with a NaN is one, or +inf
+            is_open &= ~self.is_end[token]
+            said[position, rows] = token.masked_fill(~is_open, -1)
+            n_open.append(start_reading(is_open.sum()))
+            n = n_open[-1 - late]() if position >= late else len(rows)
+            if not n or position + 1 == len(keys):
+                break
+            if 2 * n <= len(rows):
+                keep = is_open.int().argsort(descending=True, stable=True)[:n]
+                session, token, rows, is_open = session.select(keep), token[keep], rows[keep], is_open[keep]
+            logits = session.forward(token)
+        return said, finite
 
     def log_likelihoods(self, prompts: list[list[int]], asked: list[int], words: list[list[int]]) -> list[list[float]]:
         """Log probability [B][W] of each of the W words (token lists) after each prompt and what is asked."""
         session = self.prefill(prompts, 1)
-        after_prompt, columns = session.forward([asked] * len(prompts)), session.columns()
+        after_prompt, columns = session.forward([asked] * len(prompts)), session.columns
         table = []
         for word in words:
             logits, total = after_prompt, 0
@@ -343,6 +424,11 @@ class VllmDebater(Debater):
             vllm.SamplingParams, temperature=config.temperature, top_p=config.top_p, min_tokens=1,
             max_tokens=config.max_new_tokens, stop_token_ids=self.is_end.nonzero().flatten().tolist(),
         )  # fmt: skip
+
+    @property
+    def cache_tokens(self) -> int:
+        """vLLM has taken the memory, and makes batches that fit it out of what it is given at once."""
+        return self.config.cache_tokens or 2**20
 
     def prefill(self, openings: list[list[int]], copies: int) -> list[list[int]]:
         return [list(o) for o in openings for _ in range(copies)]

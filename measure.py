@@ -74,7 +74,7 @@ def estimated(plan, work) -> float:
     if type(work).__name__ == "Run":
         return max(plan.train_step(work, plan.read(work, plan.longest)).values())
     m, (turns, seeds) = shape_of(work.model), plan.longest_debate(work)
-    size = plan.samples(turns, seeds, plan.longest)
+    size = plan.samples(work, turns, seeds, plan.longest)
     step = max(plan.decode_step(m, turns, size * seeds, plan.longest).values())
     reading = 2 * m.body * size * plan.prompts(turns, seeds, plan.longest) / plan.rate["reading"]
     return reading + turns * plan.c.max_new_tokens * step
@@ -84,7 +84,7 @@ def debate_once(plan, work) -> float:
     settings = DebateConfig(**{f.name: getattr(plan.c, f.name) for f in dataclasses.fields(DebateConfig)})
     debater, (turns, seeds) = ENGINES[settings.engine](work.model, settings), plan.longest_debate(work)
     debater.is_end[:] = False  # every turn as long as it may be
-    text, size = words(debater.tokenizer, sum(plan.longest)), plan.samples(turns, seeds, plan.longest)
+    text, size = words(debater.tokenizer, sum(plan.longest)), plan.samples(work, turns, seeds, plan.longest)
     samples = [{"id": str(i), "text": text} for i in range(size)]
     return seconds_of(debate.run_protocol, debater, plan.task, "debate", samples, range(seeds), turns)
 

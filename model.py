@@ -203,18 +203,23 @@ def to_device(x: Tensor, dev: torch.device) -> Tensor:
     return x if dev.type == "cpu" else x.pin_memory().to(dev, non_blocking=True)
 
 
+def refuse_special_attention(module, longest: int, options: dict) -> None:
+    """Raises InputError where a model asks for what is not computed: capped scores, sinks, a window of fewer tokens than there are."""
+    window = options.get("sliding_window")
+    if options.get("softcap") or options.get("s_aux") is not None or (window and window < longest):
+        raise InputError(
+            f"{type(module).__name__}: its attention has sinks, capped scores or a window of {window} tokens (the longest "
+            f"text has {longest}), which is not computed here; choose another model, or shorter texts"
+        )
+
+
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **options):
     """Causal attention inside each sample of a packed batch: query [1, H, T, d], key, value [1, H_kv, T, d] -> [1, T, H, d].
 
-    Raises InputError where the model asks for what is not computed here: a window shorter than a sample, capped scores, sinks.
+    Raises InputError where the model asks for more than that.
     """
     B, L, groups = len(pack.lengths), max(pack.lengths), query.shape[1] // key.shape[1]
-    window = options.get("sliding_window")
-    if options.get("softcap") or options.get("s_aux") is not None or (window and window < L):
-        raise InputError(
-            f"{type(module).__name__}: its attention has sinks, capped scores or a window of {window} tokens (the longest "
-            f"sample has {L}), which finetuning does not compute; choose another model, or a lower --max-tokens"
-        )
+    refuse_special_attention(module, L, options)
     if query.is_cuda and query.dtype == torch.bfloat16 and query.shape[3] % 8 == 0:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         gqa = {"enable_gqa": groups > 1} if VARLEN_TAKES_GQA else {}

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from common import InputError, group_size, print0
-from generate import DebateConfig
+from generate import batch_size
 from measure import compare, machine
 from model import ModelSpec
-from sizes import SIZES, Gpu, Shape, shape_of
+from sizes import CPU_CACHE_TOKENS, SIZES, Gpu, Shape, decoding_memory, fitting_tokens, shape_of
 
 CHARACTERS = 4.3  # per token of English
 INTRODUCTION, INSTRUCTION, LABEL = 30, 25, 7  # tokens: before the sample, of a turn's instruction, of a speaker's name
@@ -68,10 +68,28 @@ class Plan:
         beside = {"nothing": 0, "sides": 2 * LABEL, "evidence": sample[1]}
         return min(run.train.max_tokens, sample[0] + beside.get(run.reads, run.turns * self.said))
 
-    def samples(self, turns: int, seeds: int, sample: tuple[int, int]) -> int:
+    def shares(self) -> int:
+        """GPUs that hold one debater together."""
+        return self.gpus if self.c.engine == "sharded" else 1
+
+    def cache_tokens(self, work) -> int:
+        """Keys and values that a batch of debates may fill, as the debater finds it beside the models in memory."""
+        if self.c.cache_tokens or self.gpu.cpu:
+            return self.c.cache_tokens or CPU_CACHE_TOKENS
+        free = 1e9 * self.gpu.gb * ASSUMED_UTILIZATION["memory"] - sum(self.debating_models(work).values())
+        return fitting_tokens(free, shape_of(work.model), self.e, self.c.max_new_tokens, self.shares())
+
+    def debating_models(self, work) -> dict[str, float]:
+        """Bytes per GPU of the debater, and of the weak model that market-making asks."""
+        m, weak = shape_of(work.model), shape_of(ModelSpec.parse(self.c.weak))
+        parts = {"weights": self.e * (m.body / self.shares() + m.V * m.D * (2 - m.tied))}
+        asked = {"weak model": self.e * (weak.body + weak.V * weak.D)}
+        return parts | (asked if work.protocol == "market_making" else {})
+
+    def samples(self, work, turns: int, seeds: int, sample: tuple[int, int]) -> int:
         """How many samples are debated at once."""
-        settings = DebateConfig(self.c.max_new_tokens, cache_tokens=self.c.cache_tokens)
-        return settings.batch_size(int(CHARACTERS * sum(sample)), seeds, turns)
+        characters = int(CHARACTERS * sum(sample))
+        return batch_size(self.cache_tokens(work), characters, seeds, turns, self.c.max_new_tokens)
 
     def prompts(self, turns: int, seeds: int, sample: tuple[int, int]) -> int:
         """Tokens read for a sample's debates: what opens all of them once, then what is asked and was said."""
@@ -102,7 +120,7 @@ class Plan:
         match type(work).__name__:
             case "Debates":
                 for turns, seeds in Counter(work.turns.values()).items():
-                    samples, spoken = self.samples(turns, seeds, self.mean), 2 * self.half * seeds * turns
+                    samples, spoken = self.samples(work, turns, seeds, self.mean), 2 * self.half * seeds * turns
                     steps = 2 * math.ceil(self.half / samples) * turns * self.c.max_new_tokens
                     step = self.decode_step(m, turns, samples * seeds, self.mean)
                     total.update({max(step, key=step.get): steps * max(step.values()) / self.gpus})
@@ -138,18 +156,13 @@ class Plan:
         if name == "ZeroShot":
             return {}
         if name == "Debates":
-            (turns, seeds), shares = self.longest_debate(work), self.gpus if c.engine == "sharded" else 1
-            tokens = max(c.cache_tokens, seeds * (INTRODUCTION + sum(self.longest) + INSTRUCTION + turns * self.said))
-            rows = max(k * self.samples(n, k, self.mean) for n, k in Counter(work.turns.values()).items())
-            parts = {"weights": e * (m.body / shares + embedding * (2 - m.tied)), "logits": 3 * 4 * rows * m.V}
-            parts["KV"] = (
-                1.5 * e * m.kv / shares * tokens
-            )  # half again: when half of the rows ended, the rest are copied
-            read, copied = rows * (INSTRUCTION + self.said), tokens * (m.kv_heads < m.heads)  # keys of grouped queries
-            parts["activations"] = e * (read * (2 * m.D + 3 * m.F) + copied * 2 * m.d * m.heads)  # of one block
-            weak = shape_of(ModelSpec.parse(c.weak))
-            asked = {"weak model": e * (weak.body + weak.V * weak.D)}
-            return parts | (asked if work.protocol == "market_making" else {})
+            turns, seeds = self.longest_debate(work)
+            longest = seeds * (INTRODUCTION + sum(self.longest) + INSTRUCTION + turns * self.said)
+            tokens = max(self.cache_tokens(work), longest)
+            rows = max(k * self.samples(work, n, k, self.mean) for n, k in Counter(work.turns.values()).items())
+            read = rows * (INSTRUCTION + self.said)
+            used = decoding_memory(m, e, tokens, rows, read, self.shares(), self.gpu.cpu)
+            return self.debating_models(work) | used
         G, longest = self.group(work), self.read(work, self.longest)
         if work.heads:
             return {"weights": e * (m.body + embedding), "activations": e * max(longest, 4096) * (2 * m.D + 3 * m.F)}
@@ -205,7 +218,7 @@ def fitting(experiments: list, gpu: Gpu, gpus: int) -> dict | None:
             return changes
         c = plan.c
         if type(work).__name__ == "Debates":
-            fewer = range(c.cache_tokens // 1000 * 1000, 0, -1000)
+            fewer = range(plan.cache_tokens(work) // 1000 * 1000, 0, -1000)
             ways = [*({"cache_tokens": n} for n in fewer), {"engine": "sharded"}]
         else:
             flag, G, most = f"{plan.kind(work).split()[1]}_gpus", plan.group(work), c.max_tokens_per_forward

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from common import InputError
 from model import ModelSpec, load_config
 
+CPU_CACHE_TOKENS = 32768  # of keys and values that a batch of debates may fill on a CPU, where more rows gain nothing
+
 SIZES = {  # rows: train after the cap of 20,000, test; tokens of a sample: mean, most; of its evidence: mean, most
     "sciq": (11_679, 1_000, 22, 100, 0, 0),
     "sciq_evidence": (10_481, 884, 22, 100, 100, 900),
@@ -33,6 +35,14 @@ class Shape(NamedTuple):
     d: int
     V: int
     tied: bool = False
+
+    @classmethod
+    def of(cls, c) -> "Shape":
+        """From a model's configuration. Raises AttributeError where it is too unlike Llama's."""
+        heads, D = c.num_attention_heads, c.hidden_size
+        d, kv_heads = getattr(c, "head_dim", None) or D // heads, getattr(c, "num_key_value_heads", heads)
+        F = getattr(c, "intermediate_size", None) or 4 * D
+        return cls(D, c.num_hidden_layers, F, heads, kv_heads, d, c.vocab_size, c.tie_word_embeddings)
 
     @property
     def body(self) -> int:
@@ -67,13 +77,35 @@ def shape_of(spec: ModelSpec) -> Shape:
         return SHAPES[spec.name]._replace(blocks=spec.layers or SHAPES[spec.name].blocks)
     if not Path(spec.name).is_dir():
         raise InputError(f"model {spec.name!r}: plan knows {', '.join(SHAPES)}, and local folders")
-    c = load_config(spec)
     try:
-        heads, tied = c.num_attention_heads, c.tie_word_embeddings
-        d, kv_heads = getattr(c, "head_dim", None) or c.hidden_size // heads, getattr(c, "num_key_value_heads", heads)
-        return Shape(c.hidden_size, c.num_hidden_layers, c.intermediate_size, heads, kv_heads, d, c.vocab_size, tied)
+        return Shape.of(load_config(spec))
     except AttributeError as e:
         raise InputError(f"model {spec.name!r}: plan needs a configuration like Llama's: {e}") from None
+
+
+def decoding_memory(
+    m: Shape, e: int, tokens: float, rows: float, read: float, shares: int = 1, cpu: bool = False
+) -> dict:
+    """Bytes by part, beside the weights, of `rows` debates that hold `tokens` keys and values of e bytes each and read `read`
+    tokens in one forward; `shares` processes share the keys."""
+    parts = {"logits": (12 if cpu else 40) * rows * m.V}  # a GPU has float64 noise on all of them
+    parts["KV"] = 1.5 * e * m.kv / shares * tokens  # half again: when half of the rows ended, the rest are copied
+    copied = tokens * (m.kv_heads < m.heads)  # keys of grouped queries, in the forward that reads
+    return parts | {"activations": e * (read * (2 * m.D + 3 * m.F) + copied * 2 * m.d * m.heads)}  # of one block
+
+
+def debate_tokens(characters: int, turns: int, max_new_tokens: int) -> float:
+    """Tokens that a debate about so long a text surely stays below: with opening, instruction, speakers' names."""
+    return 60 + characters / 2.5 + turns * (max_new_tokens + 8)
+
+
+def fitting_tokens(free: float, m: Shape, e: int, max_new_tokens: int, shares: int = 1) -> int:
+    """Keys and values that a batch of debates may fill on a GPU with `free` bytes beside the weights, a tenth of them kept back.
+
+    As if all were read in one forward, by debates of one turn and no question, which makes the most rows.
+    """
+    each = decoding_memory(m, e, 1, 1 / debate_tokens(0, 1, max_new_tokens), 1, shares)
+    return max(1, int(0.9 * free / sum(each.values())))
 
 
 class Gpu(NamedTuple):

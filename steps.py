@@ -187,8 +187,7 @@ def make_debates(
             rows = debated(files, part)
             paths = {k: out / f"seed{k}" / f"{part}.jsonl" for k in work.turns if work.turns[k] == n}
             new = debate.make_transcripts(
-                speaker, files.task, work.protocol, rows, paths, n, settings.batch_size, choose,
-                settings.engine == "sharded", ranks,
+                speaker, files.task, work.protocol, rows, paths, n, choose, settings.engine == "sharded", ranks,
             )  # fmt: skip
             cost = {k: cost.get(k, 0) + v for k, v in new.items()}
     held.release()

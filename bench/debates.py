@@ -56,7 +56,7 @@ def in_batches(model: torch.nn.Module, prompts: list[list[int]], size: int) -> l
     said: list[list[int]] = [[]] * len(prompts)
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        ids, mask = (t.to(model.device) for t in aligned([prompts[i] for i in batch]))
+        ids, mask = aligned([prompts[i] for i in batch], model.device)
         out = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
         for i, tokens in zip(batch, out, strict=True):
             said[i] = tokens

@@ -15,7 +15,7 @@ import generate
 from common import InputError, read_jsonl, stable_hash, write_jsonl
 from data.prepare import TASKS
 from debate import debate_prompt, encode_instruction, encode_question, encode_turn, make_transcripts, run_protocol
-from generate import ENGINES, DebateConfig, Debater, gumbel, sample
+from generate import ENGINES, DebateConfig, Debater, gumbel, sample, sample_dense, splitmix64
 from model import ModelSpec
 
 # ---- prompts ----
@@ -81,7 +81,7 @@ def test_the_judge_reads_turns_and_sides_before_or_after_the_question():
 # ---- keyed sampling ----
 
 
-def splitmix64(state: int, n: int) -> list[int]:
+def published_splitmix64(state: int, n: int) -> list[int]:
     out = []
     for _ in range(n):
         state = (state + 0x9E3779B97F4A7C15) % 2**64
@@ -92,10 +92,10 @@ def splitmix64(state: int, n: int) -> list[int]:
 
 
 def test_gumbel_is_splitmix64():
-    assert splitmix64(0, 2) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]  # of the published generator
+    assert published_splitmix64(0, 2) == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]  # of the published generator
     tokens = torch.arange(300)
     for key in (0, 1, 2**62 + 12345, 2**63 - 1, stable_hash("noise", 3, "a", 1, 7)):
-        uniform = [((z >> 40) + 0.5) / 2**24 for z in splitmix64(key, 300)]
+        uniform = [((z >> 40) + 0.5) / 2**24 for z in published_splitmix64(key, 300)]
         wanted = torch.tensor([-math.log(-math.log(u)) for u in uniform], dtype=torch.float64)
         torch.testing.assert_close(gumbel(torch.tensor(key), tokens), wanted, atol=1e-12, rtol=1e-12)
 
@@ -104,13 +104,15 @@ def test_noise_of_neighbouring_keys_and_tokens_is_uncorrelated():
     n = 20_000
     i = torch.arange(n)
     zero = torch.zeros_like(i)
-    said = [[stable_hash("noise", seed, "id", turn, p) for p in range(n)] for seed, turn in ((0, 0), (1, 0), (0, 1))]
-    seed, other_seed, other_turn = (gumbel(torch.tensor(keys), zero) for keys in said)
+    turns = [torch.tensor(stable_hash("noise", seed, "id", turn)) for seed, turn in ((0, 0), (1, 0), (0, 1))]
+    seed, other_seed, other_turn = (gumbel(splitmix64(key, i), zero) for key in turns)
     pairs = {
         "key": (gumbel(i, zero), gumbel(i + 1, zero)),
         "token": (gumbel(i, zero + 5), gumbel(i, zero + 6)),
         "tokens of one key": (gumbel(zero, i), gumbel(zero, i + 1)),
         "position": (seed[:-1], seed[1:]),
+        "position and token": (seed, gumbel(splitmix64(turns[0], i), zero + 1)),
+        "a position's token and the next one's before": (seed[1:], gumbel(splitmix64(turns[0], i), zero + 1)[:-1]),
         "seed": (seed, other_seed),
         "turn": (seed, other_turn),
     }
@@ -158,6 +160,7 @@ def test_sampling_is_the_argmax_over_noise_on_all_tokens(temperature, top_p):
     noisy = (logits.double() / temperature).masked_fill(~inside, -torch.inf) + gumbel(keys[:, None], torch.arange(V))
     got = sample(logits, keys, temperature, top_p)
     assert got.tolist() == noisy.argmax(-1).tolist()
+    assert sample_dense(logits.masked_fill(~inside, -torch.inf), keys, temperature).tolist() == got.tolist()
     assert temperature < 0.5 or (got != logits.argmax(-1)).float().mean() > 0.3
 
 
@@ -185,7 +188,8 @@ def debater(tiny_model):
 def transcripts(debater, samples, folder, seeds=(0,), turns=3, chunk=8, protocol="debate", choose=None):
     """File contents by debate seed."""
     files = {k: folder / f"seed{k}.jsonl" for k in seeds}
-    make_transcripts(lambda: debater, "sciq", protocol, samples, files, turns, lambda *_, **__: chunk, choose)
+    debater.batch_size = lambda *_, **__: chunk
+    make_transcripts(lambda: debater, "sciq", protocol, samples, files, turns, choose)
     return {k: path.read_bytes() for k, path in files.items()}
 
 
@@ -273,18 +277,16 @@ def test_a_killed_run_continues_to_the_same_bytes(debater, samples, six_turns, t
 def test_finished_transcripts_need_no_model(debater, samples, three_turns, tmp_path):
     transcripts(debater, samples, tmp_path)
     files = {0: tmp_path / "seed0.jsonl"}
-    cost = make_transcripts(
-        lambda: pytest.fail("the model was loaded"), "sciq", "debate", samples, files, 3, DebateConfig().batch_size
-    )
+    cost = make_transcripts(lambda: pytest.fail("the model was loaded"), "sciq", "debate", samples, files, 3)
     assert cost["new_tokens"] == cost["turns"] == 0
 
 
 def test_the_cost_is_counted(debater, samples, tmp_path):
     files = {k: tmp_path / f"seed{k}.jsonl" for k in (0, 1)}
-    cost = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 2, lambda *_, **__: 4)
+    cost = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 2)
     assert cost["turns"] == 9 * 2 * 2
     assert cost["new_tokens"] == sum(sum(r["n_tokens"]) for path in files.values() for r in read_jsonl(path))
-    more = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 3, lambda *_, **__: 4)
+    more = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 3)
     assert more["turns"] == 9 * 2
     assert more["new_tokens"] == sum(r["n_tokens"][2] for path in files.values() for r in read_jsonl(path))
 
@@ -307,7 +309,8 @@ def naive_transcript(debater, sample_row, protocol, seed, turns):
                 logits = debater.model(torch.tensor([prompt + said]), use_cache=False).logits[:, -1]
             if position == 0:
                 logits[:, debater.is_end] = -torch.inf
-            key = torch.tensor([stable_hash("noise", seed, sample_row["id"], turn, position)])
+            key = torch.tensor([stable_hash("noise", seed, sample_row["id"], turn)])
+            key = splitmix64(key, torch.tensor(position))
             token = sample(logits, key, debater.config.temperature, debater.config.top_p).item()
             if debater.is_end[token]:
                 break
@@ -342,7 +345,8 @@ def test_attention_of_one_new_token_is_sdpa_with_repeated_keys(dtype):
     """Both ways: two products, as on a CPU, and SDPA with the query heads of a key head as its rows, as on a GPU."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, h, n, 8, generator=g).to(dtype) for h, n in ((6, 1), (2, 20), (2, 20)))
-    mask = torch.arange(20)[None, None, None] < torch.tensor([20, 7, 1])[:, None, None, None]
+    hidden = torch.arange(20)[None, None, None] >= torch.tensor([20, 7, 1])[:, None, None, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
     heads = [x.repeat_interleave(3, 1) for x in (k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(q, *heads, mask, scale=0.3).transpose(1, 2)
     got = generate.grouped_attention(None, q, k, v, mask, scaling=0.3)[0]
@@ -363,11 +367,12 @@ class RecordingSession(generate.Session):
         super().__init__(model, n_rows)
         self.ids = torch.zeros(n_rows, 0, dtype=torch.long)
 
-    def forward(self, *blocks):
-        self.ids = torch.cat([self.ids, *(generate.aligned(b)[0] for b in blocks)], dim=1)
-        out = super().forward(*blocks)
+    def forward(self, *blocks, room=0):
+        self.ids = torch.cat([self.ids, *(generate.aligned(b, self.ids.device)[0] for b in blocks)], dim=1)
+        out = super().forward(*blocks, room=room)
         if isinstance(blocks[-1], list):
-            self.prompts.append([r[m.bool()].tolist() for r, m in zip(self.ids, self.mask, strict=True)])
+            mask = self.mask[:, : self.columns]
+            self.prompts.append([r[m].tolist() for r, m in zip(self.ids, mask, strict=True)])
         return out
 
     def truncate(self, columns):
@@ -399,7 +404,7 @@ def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monk
 
 
 def test_zero_shot_is_the_likelihood_of_the_two_sides_about_its_median(debater, samples, monkeypatch):
-    monkeypatch.setattr(generate.DebateConfig, "batch_size", lambda *_, **__: 3)  # more than one batch
+    monkeypatch.setattr(debater, "batch_size", lambda *_, **__: 3)  # more than one batch
     batch, odds = [s | {"evidence": "It is so."} for s in samples[:5]], []
     asked = debater.tokens("Decide whether the answer is correct or incorrect.\nThe answer is")
     for s in batch:

@@ -2,10 +2,11 @@
 
 A meta tensor has a dtype and a shape, and no data. So nothing is computed here: what fails is a wrong argument, shape, dtype
 or device. Of kernels that only a GPU has, the arguments are held against what their CUDA code asks for. (torch's CPU build
-cannot run FakeTensorMode on a fake cuda device: it has no device guard for it.) Not covered: values, decode_turn's loop,
-which reads tokens on the host, and the copy of the pretrained weights.
+cannot run FakeTensorMode on a fake cuda device: it has no device guard for it.) Not covered: values, what is read on the
+host once a turn, and the copy of the pretrained weights.
 """
 
+import functools
 import inspect
 import sys
 import types
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
+from torch.utils._pytree import tree_leaves
 
 import generate
 import heads
@@ -39,10 +40,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # aut
 @pytest.fixture
 def gpu(monkeypatch):
     """Models and batches go to the meta device, whose tensors pass for a GPU's."""
-    for module in (model, train, heads):
+    for module in (model, train, heads, generate):
         monkeypatch.setattr(module, "to_device", lambda x, dev: x.to(dev))
     monkeypatch.setattr(model, "device", lambda: torch.device("meta"))
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda x=None: True)  # no look at a mask's values
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.device.type == "meta"), raising=False)
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     with symbolic_config.patch(meta_nonzero_assume_all_nonzero=True):
@@ -71,11 +71,20 @@ class AttentionCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class LikelyTrue(TorchFunctionMode):
-    """A tensor that is asked for its truth says yes, as the checks for finite logits hope."""
+class NoWaits(TorchDispatchMode):
+    """Refuses what makes the CPU wait for a GPU: a value or a number of values that is read, a copy from one to the other."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return True if func is Tensor.__bool__ else func(*args, **(kwargs or {}))
+    READS = {"nonzero", "masked_select", "_local_scalar_dense", "is_nonzero", "unique_dim", "_unique2", "equal"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func._overloadpacket.__name__
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        assert name not in self.READS, name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype == torch.long for i in args[1]), f"{name} with a mask"
+        if name in ("_to_copy", "copy_"):
+            assert len({x.device for x in tensors}) == 1, name
+        return out
 
 
 @pytest.fixture
@@ -232,9 +241,29 @@ def test_a_step_of_many_heads(gpu, launches, monkeypatch):
 def test_sampling(name, temperature, top_p, gpu):
     logits = torch.empty(128, sizes.SHAPES[name].V, device="meta")
     keys = torch.empty(128, dtype=torch.long, device="meta")
-    with LikelyTrue():
+    with NoWaits():
         token = sample(logits, keys, temperature, top_p)
     assert (token.shape, token.dtype, token.device.type) == ((128,), torch.int64, "meta")
+
+
+@pytest.mark.parametrize("name", QWENS)
+def test_a_batch_of_debates_is_what_fits_the_fullest_gpu(name, gpu, monkeypatch):
+    shape, debater = sizes.SHAPES[name]._replace(blocks=BLOCKS), Debater.__new__(Debater)
+    for function, value in {"mem_get_info": (50e9, 80e9), "memory_reserved": 7e9, "memory_allocated": 3e9}.items():
+        monkeypatch.setattr(torch.cuda, function, lambda value=value: value)
+    monkeypatch.setattr(generate, "device", lambda: torch.device("meta"))
+    debater.model = types.SimpleNamespace(config=config_of(name), dtype=torch.bfloat16)
+    debater.config, debater.ranks = DebateConfig(), generate.ALONE
+    tokens = debater.cache_tokens
+    seeds, turns = 4, 3
+    rows = seeds * debater.batch_size(400, seeds, turns)
+    assert 0.8 * tokens < rows * sizes.debate_tokens(400, turns, 200) <= tokens
+    used = sum(sizes.decoding_memory(shape, 2, tokens, rows, tokens).values())
+    assert 0.5 * 54e9 < used < 0.9 * 54e9  # free on the card, and what torch holds and does not use
+    for config, others, found in ((DebateConfig(), 1234, 1234), (DebateConfig(cache_tokens=99), 1234, 99)):
+        debater.config, debater.ranks = config, types.SimpleNamespace(size=2, gather=lambda x, n=others: [x, n])
+        del debater.cache_tokens
+        assert debater.cache_tokens == found
 
 
 @pytest.mark.parametrize("name", QWENS)
@@ -242,7 +271,7 @@ def test_attention_of_a_new_token_copies_no_key(name, gpu):
     s, B, T = sizes.SHAPES[name], 128, 704
     q = torch.empty(B, s.heads, 1, s.d, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(B, s.kv_heads, T, s.d, dtype=torch.bfloat16, device="meta") for _ in range(2))
-    mask = torch.empty(B, 1, 1, T, dtype=torch.bool, device="meta")
+    mask = torch.empty(B, 1, 1, T, dtype=torch.bfloat16, device="meta")
     asked = []
 
     class Sdpa(TorchFunctionMode):
@@ -259,8 +288,9 @@ def test_attention_of_a_new_token_copies_no_key(name, gpu):
     assert (out.shape, out.dtype) == ((B, 1, s.heads, s.d), torch.bfloat16)
 
 
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.4, 0.9)])
 @pytest.mark.parametrize("name", QWENS)
-def test_prefill_and_decode_steps(name, gpu, monkeypatch):
+def test_prefill_and_a_turn_that_never_waits(name, temperature, top_p, gpu, monkeypatch):
     s, debater = sizes.SHAPES[name], Debater.__new__(Debater)
 
     def load_model(spec, auto_class, dtype, attention, parallel):
@@ -269,22 +299,22 @@ def test_prefill_and_decode_steps(name, gpu, monkeypatch):
 
     monkeypatch.setattr(generate, "load_model", load_model)
     monkeypatch.setattr(generate, "device", lambda: torch.device("meta"))
-    debater.spec, debater.config = ModelSpec(name), DebateConfig(dtype="bfloat16")
+    debater.spec, debater.config = ModelSpec(name), DebateConfig(30, temperature, top_p, dtype="bfloat16")
     debater.is_end = torch.empty(s.V, dtype=torch.bool, device="meta")
     debater.load()
     session = debater.prefill([[1] * 40 + [2] * n for n in (5, 9, 1)], copies=4)
-    logits = session.forward([[3] * 3] * 12, [[4] * 7, [5]] * 6).masked_fill(debater.is_end, -torch.inf)
-    before = session.columns()
-    for step in range(1, 9):  # over the 64th column: the buffers grow
-        assert (logits.shape, logits.dtype, logits.device.type) == ((12, s.V), torch.float32, "meta")
-        with LikelyTrue():
-            token = debater.sample(logits, torch.empty(12, dtype=torch.long, device="meta"))
-        logits = session.forward(token)
-        assert session.mask.shape == (12, before + step) and session.mask.is_cuda
-    layer, columns = session.cache.layers[0], -(-session.columns() // 64) * 64
-    assert before < 64 < session.columns() and layer.length == session.columns()
-    for buffer in layer.buffers:
-        assert (buffer.shape, buffer.dtype) == ((12, s.kv_heads, columns, s.d), torch.bfloat16) and buffer.is_cuda
-    half = session.select(torch.empty(6, dtype=torch.long, device="meta"))
-    assert half.forward(torch.empty(6, dtype=torch.long, device="meta")).shape == (6, s.V)
-    assert session.cache.layers[0].buffers[0].shape[0] == 12
+    logits = session.forward([[3] * 3] * 12, [[4] * 7, [5]] * 6, room=30).masked_fill(debater.is_end, -torch.inf)
+    before = session.columns
+    assert (logits.shape, logits.dtype, logits.device.type) == ((12, s.V), torch.float32, "meta")
+    open_rows = iter([12] * 20 + [6] * 9 + [3])  # after each step; a GPU's are known one step later
+    monkeypatch.setattr(generate, "start_reading", lambda x: functools.partial(int, next(open_rows)))
+    buffers = session.cache.layers[0].buffers
+    shapes = [b.shape for b in buffers]
+    with NoWaits():
+        said, finite = debater.decode(session, logits, torch.empty(30, 12, dtype=torch.long, device="meta"))
+    assert (said.shape, said.dtype, finite.shape) == ((30, 12), torch.int64, ()) and said.is_cuda and finite.is_cuda
+    assert (
+        session.columns == before + 21 and len(session.mask) == 12
+    )  # then half of the rows went on without the others
+    assert [b.shape for b in buffers] == shapes == [(12, s.kv_heads, 128, s.d)] * 2 and session.mask.shape[1] == 128
+    assert {b.dtype for b in buffers} == {torch.bfloat16} and all(b.is_cuda for b in buffers)

@@ -252,7 +252,7 @@ def test_debates_are_the_same_in_any_batch_in_float32(debater, whole, samples, t
 @on_gpu
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 3e-2), ("float32", 1e-5)])
 def test_logits_of_a_decode_step_are_those_of_the_whole_text(dtype, tolerance, tiny_model):
-    """Over the 64th column, where the buffers grow, with rows of several lengths."""
+    """Over the 64th column, after which attention sees 64 more, with rows of several lengths."""
     config = DebateConfig(dtype=dtype)
     debater, exact = (
         Debater(ModelSpec(tiny_model(WIDE)), c) for c in (config, dataclasses.replace(config, dtype="float32"))
@@ -267,6 +267,24 @@ def test_logits_of_a_decode_step_are_those_of_the_whole_text(dtype, tolerance, t
     with torch.no_grad():
         want = torch.stack([exact.model(torch.tensor([t]).cuda()).logits[0, -1] for t in texts])
     assert want.std() > 0.1 and relative_error(logits, want.repeat_interleave(2, 0)) < tolerance
+
+
+@on_gpu
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (1.0, 0.9)])
+def test_a_turn_never_waits_for_the_gpu(temperature, top_p, debater, no_waits, monkeypatch):
+    monkeypatch.setattr(debater, "config", DebateConfig(40, temperature, top_p, dtype="float32"))
+    keys = generate.splitmix64(torch.arange(8).cuda(), torch.arange(40).cuda()[:, None])
+
+    def turn():
+        session = debater.prefill([[1] * 20, [1] * 23], copies=4)
+        logits = session.forward([[2, 3], [4]] * 4, room=40)
+        with no_waits():
+            return debater.decode(session, logits, keys)
+
+    turn()  # allocates
+    said, finite = turn()
+    lengths = (said >= 0).sum(0).tolist()
+    assert finite and max(lengths) > 1 and (temperature == 0 or min(lengths) < 40)
 
 
 @on_gpu

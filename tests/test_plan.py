@@ -1,5 +1,6 @@
 """plan.py: hours and gigabytes against an independent calculation, memory against measured peaks, what fits."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def test_hours_and_gigabytes_of_the_strong_students_of_sciq(tmp_path):
     peak = 16 * parameters / 8 + activations + 2 * 152064 * 5120 + 10 * N / 40
     found = re.search(r"sciq finetune strong: .* = (\S+) GB", end.stdout)[1]
     assert float(found) == pytest.approx(peak / 1e9, abs=0.06)
+
+
+@pytest.mark.parametrize("preset, gpu", [("small", "rtx4090-24gb"), ("small", "h200-141gb"), ("tiny", "l40s-48gb")])
+def test_batches_of_debates_fill_the_memory_and_no_more(preset, gpu):
+    """Within the tenth that is kept back, and what is assumed of the forward that reads."""
+    found = plan.Plan(
+        dataclasses.replace(experiments(preset=preset)[0].config, cache_tokens=None), "sciq", GPUS[gpu], 1
+    )
+    for protocol in ("debate", "market_making"):
+        parts = found.memory(w2s.Debates(protocol, ModelSpec.parse(found.c.strong), dict.fromkeys(range(4), 3)))
+        assert 0.4 < sum(parts.values()) / (1e9 * GPUS[gpu].gb) < 0.95, parts
 
 
 def test_a_decode_step_of_a_small_model_is_as_long_as_its_launches():
