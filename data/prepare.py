@@ -235,7 +235,7 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         for f in required:
             values = task.values.get(f)
             if (type(row[f]), row[f]) not in [(type(v), v) for v in values] if values else not isinstance(row[f], str):
-                what = f"one of {', '.join(map(str, values))}" if values else "a text"
+                what = f"one of {', '.join(map(json.dumps, values))}" if values else "a text"
                 raise InputError(f"task {name}: {f} {str(row[f])[:40]!r} of row {row[task.key[0]]!r:.60} is not {what}")
         key = "\x1f".join(" ".join(str(row[f]).lower().split()) for f in task.key)
         content = json.dumps([task.source or name, *(row[f] for f in task.fields)], ensure_ascii=False)

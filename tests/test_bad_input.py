@@ -192,11 +192,11 @@ SOURCES = [  # task, what becomes of its rows, told
     ("sciq", lambda rows: [{"question": "q"}, *rows], ["sciq", "'correct_answer'"]),
     ("sciq", lambda rows: [SCIQ | {"correct_answer": 4}, *rows], ["correct_answer '4'", "not a text"]),
     ("sciq", lambda rows: [], ["no sample left"]),
-    ("boolq", lambda rows: [BOOLQ | {"answer": "false"}, *rows], ["answer 'false'", "true or false"]),
+    ("boolq", lambda rows: [BOOLQ | {"answer": "false"}, *rows], ["answer 'false'", "one of false, true"]),
     ("boolq", lambda rows: [r | {"answer": True} for r in rows], ["boolq", "have label 1"]),
-    ("cosmos_qa", lambda rows: [COSMOS | {"label": -1}, *rows], ["label '-1'", "0 to 3"]),  # hidden
-    ("cosmos_qa", lambda rows: [COSMOS | {"label": 4}, *rows], ["label '4'", "0 to 3"]),
-    ("cosmos_qa", lambda rows: [COSMOS | {"label": "1"}, *rows], ["label '1'", "0 to 3"]),
+    ("cosmos_qa", lambda rows: [COSMOS | {"label": -1}, *rows], ["label '-1'", "one of 0, 1, 2, 3"]),  # hidden
+    ("cosmos_qa", lambda rows: [COSMOS | {"label": 4}, *rows], ["label '4'", "one of 0, 1, 2, 3"]),
+    ("cosmos_qa", lambda rows: [COSMOS | {"label": "1"}, *rows], ["label '1'", "one of 0, 1, 2, 3"]),
     ("anthropic_hh", lambda rows: [{"chosen": [], "rejected": "no"}, *rows], ["chosen '[]'", "not a text"]),
 ]
 
