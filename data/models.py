@@ -35,11 +35,15 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / ".lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+    lock = os.open(folder.parent, os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other ranks wait here
         if not folder.exists():
-            make(Path(tmp) / folder.name)
-            os.replace(Path(tmp) / folder.name, folder)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+                make(Path(tmp) / folder.name)
+                os.replace(Path(tmp) / folder.name, folder)
+    finally:
+        os.close(lock)
     return folder
 
 
