@@ -38,6 +38,8 @@ class Plan:
     def __init__(self, config, task: str, gpu: Gpu, gpus: int):
         self.c, self.task, self.gpu, self.gpus = config, task, gpu, gpus
         self.e = 2 if config.dtype == "bfloat16" else 4  # bytes per element
+        if task not in SIZES:
+            raise InputError(f"plan: the lengths of task {task} are not known; give it a line in SIZES (sizes.py)")
         rows, tests, mean, longest, evidence, longest_evidence = SIZES[task]
         self.half, self.tests = min(rows, config.limit_train or rows) // 2, min(tests, config.limit_test or tests)
         self.mean = min(mean, config.max_sample_tokens), evidence  # tokens of (sample, evidence)

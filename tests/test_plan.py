@@ -15,6 +15,7 @@ import model
 import plan
 import train
 import w2s
+from common import InputError
 from data.models import builtin_folder
 from data.prepare import TASKS
 from model import ModelSpec
@@ -150,6 +151,12 @@ def test_every_task_has_its_sizes_and_every_passage_its_length():
     assert {name for name, sizes in SIZES.items() if sizes[5]} == {
         name for name, task in TASKS.items() if task.evidence
     }
+
+
+def test_a_task_of_unknown_lengths_is_refused(monkeypatch):
+    monkeypatch.delitem(SIZES, "sciq")
+    with pytest.raises(InputError, match="lengths of task sciq are not known"):
+        planned(ModelSpec("random-large"))
 
 
 @pytest.mark.parametrize("flags", [["--gpus", "2"], ["--measure"], ["--preset", "auto"]])
