@@ -30,6 +30,7 @@ import data.prepare
 import debate
 import generate
 import plan as estimate
+import status
 import steps
 import train
 from common import (
@@ -50,7 +51,7 @@ from reach import reached
 from report.page import write
 from report.rows import Reported, collect
 from sizes import SIZES
-from stages import Stage, State, digest, is_locked, locked, read_manifest, settings_of
+from stages import Stage, State, digest, locked, settings_of
 from steps import Debates, Files, Held, Run, ZeroShot
 from train import TrainConfig
 
@@ -402,50 +403,12 @@ def write_report(experiments: list[Experiment]) -> None:
         )
 
 
-def states(experiments: list[Experiment]) -> list[dict]:
-    """Per stage its state, why it is stale, the seconds it took, and those it will take, estimated from similar stages."""
-    rows = []
-    for e in experiments:
-        for stage in e.stages():
-            state, why = stage.state()
-            known = "missing" if state in (State.BEGUN, State.SHORT) else state.value
-            if state is not State.DONE and (stage.folder / "started.json").exists() and is_locked(Path(e.config.out)):
-                known = "running"
-            seconds = (read_manifest(stage.folder) or {}).get("seconds")
-            name = stage.folder.relative_to(e.config.out).as_posix()
-            rows.append({"stage": name, "state": known, "why": why if state is State.STALE else [], "seconds": seconds})
-    spent: dict[str, list[float]] = {}
-    for row in rows:
-        folder, _, name = row["stage"].rpartition("/")
-        row["like"] = folder, name.split("-")[0]  # task/predictions and weak, task/weak_labels/ours and seed0
-        if row["state"] == "done" and row["seconds"] is not None:
-            spent.setdefault(row["like"], []).append(row["seconds"])
-    for row in rows:
-        like = spent.get(row.pop("like"))
-        row["expected"] = sum(like) / len(like) if like and row["state"] != "done" else None
-    return rows
+def show_status(experiments: list[Experiment]) -> None:
+    config = experiments[0].config
+    status.show([s for e in experiments for s in e.stages()], Path(config.out), config.json)
 
 
-def status(experiments: list[Experiment]) -> None:
-    rows = states(experiments)
-    if experiments[0].config.json:
-        print0(json.dumps(rows, indent=1))
-        return
-    for task in dict.fromkeys(row["stage"].split("/")[0] for row in rows):
-        print0(task)
-        for row in rows:
-            if row["stage"].startswith(f"{task}/"):
-                took = f"{row['seconds']:8.1f} s" if row["state"] == "done" else ""
-                why = f"  ({'; '.join(row['why'])})" if row["why"] else ""
-                print0(f"  {row['state']:8}{row['stage']:60}{took}{why}")
-    count = {state: sum(r["state"] == state for r in rows) for state in ("done", "running", "stale", "missing")}
-    left = [r["expected"] for r in rows if r["state"] != "done"]
-    known = [x for x in left if x is not None]
-    more = f"; about {sum(known) / 60:.0f} min left for {len(known)} of {len(left)}" if known else ""
-    print0(", ".join(f"{n} {state}" for state, n in count.items()) + more)
-
-
-COMMANDS = {"run": run, "plan": estimate.show, "status": status, "report": write_report, "accept": accept}
+COMMANDS = {"run": run, "plan": estimate.show, "status": show_status, "report": write_report, "accept": accept}
 
 
 def main() -> None:
