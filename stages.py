@@ -188,8 +188,12 @@ class Stage:
 
     def accept(self) -> bool:
         """Take what is there as made by the code as it now is, where nothing but the code differs; True if it did."""
-        have = read_manifest(self.folder)
-        if not have or self.changed_outputs(have) or differences(have | {"code": self.code}, want := self.wanted()):
+        have = self.filled(read_manifest(self.folder) or {})
+        if (
+            "outputs" not in have
+            or self.changed_outputs(have)
+            or differences(have | {"code": self.code}, want := self.wanted())
+        ):
             return False
         changed = differences(have, want)
         accepted = [*have.get("accepted", []), {"commit": git_commit(), "changed": changed}]

@@ -110,6 +110,7 @@ class Experiment:
             self.folder / "data", {"task": self.task} | row | made_with | limits,
             {p.name: p for p in source_files(self.task, c.data_dir)}, functools.partial(steps.make_data, self.task, c.data_dir, (self.weak, self.strong), limits),
             code=reached([steps.make_data, task.formatter], APART),
+            defaults={f.name: f.default for f in dataclasses.fields(task)} | {"values": {}},
         )  # fmt: skip
 
     def weak_floor(self, seed: int) -> Run:

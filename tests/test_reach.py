@@ -104,7 +104,7 @@ BY_FUNCTION = {  # written by hand, from the paper's steps
     "steps.py read_transcript": {"reader"},
     "stages.py finish": set(),
     "plan.py show": set(),
-    "w2s.py status": set(),
+    "status.py show": set(),
 }
 
 

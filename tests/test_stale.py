@@ -1,11 +1,13 @@
 """Any change of the configuration makes exactly the stages stale that depend on it: no more, no fewer, and down to the end."""
 
+import dataclasses
 import json
 
 import pytest
 from conftest import METHODS, SMOKE, record, run
 
 from common import read_jsonl, write_jsonl
+from stages import Stage, State
 
 JUDGE = {  # of each method
     "finetune": "floor", "finetune_aux": "floor", "single": "debate judge", "ours": "debate judge",
@@ -109,3 +111,13 @@ def test_a_run_makes_again_what_a_change_reaches_down_to_the_end(copied, status,
     rows = status(copied, "--transcript", "last")
     assert made == {stage for stage in rows if kind_of(stage) in wanted}
     assert {row["state"] for row in rows.values()} == {"done"}
+
+
+def test_accept_takes_what_differs_in_code_alone(tmp_path):
+    made = Stage(tmp_path / "made", {"lr": 1}, {}, lambda out, ranks: {}, code={"f": "before"})
+    made.run()
+    now = dataclasses.replace(made, config={"lr": 1, "rank": 0}, defaults={"rank": 0}, code={"f": "after"})
+    assert now.state()[0] is State.STALE and now.accept() and now.state()[0] is State.DONE
+    assert not now.accept()  # nothing is left to accept
+    other = dataclasses.replace(now, config={"lr": 2, "rank": 0}, code={"f": "later"})
+    assert not other.accept() and other.state()[0] is State.STALE
