@@ -27,23 +27,36 @@ from common import (
     world,
     write_jsonl,
 )
-from debate import PROMPTS, judge_input, transcript_text, with_evidence
+from debate import PROMPTS, judge_input, with_evidence
 from model import Classifier, ModelSpec, resolve_dtype
 from report.stats import bootstrap_means, interval
-from steps import Files, joined
+from steps import READ, Files, Run, joined
 from train import TrainConfig, finetune, predict, prediction_rows, soft_labels
 
-FORMS: dict[
-    str, Callable[[str, Callable[[int, bool], str], str], str]
-] = {  # of question, debate(turns, words), evidence
-    "question alone": lambda q, debate, evidence: q,
-    "transcript, question": lambda q, debate, evidence: judge_input(q, debate(3, True), "first"),
-    "question, transcript": lambda q, debate, evidence: judge_input(q, debate(3, True), "last"),
-    "question, transcript, question": lambda q, debate, evidence: f"{q}\n{judge_input(q, debate(3, True), 'first')}",
-    "first turn, question": lambda q, debate, evidence: judge_input(q, debate(1, True), "first"),
-    "sides alone, question": lambda q, debate, evidence: judge_input(q, debate(2, False), "first"),
-    "passage, question": lambda q, debate, evidence: with_evidence(evidence, q),
-    "question, passage": lambda q, debate, evidence: f"{q}\nPassage: {evidence}",
+
+def question_around(run: Run, files: Files, part: str) -> list[dict]:
+    """The question in front of the transcript too."""
+    plain = READ["nothing"](run, files, part)
+    return [
+        p | {"text": f"{p['text']}\n{s['text']}"} for p, s in zip(plain, READ["debate"](run, files, part), strict=True)
+    ]
+
+
+def passage_last(run: Run, files: Files, part: str) -> list[dict]:
+    """The passage behind the question."""
+    rows = joined(files.samples(part), files.evidence(part))
+    return [r | {"text": judge_input(r["text"], with_evidence(r["evidence"], "").rstrip(), "last")} for r in rows]
+
+
+FORMS: dict[str, tuple[Callable, dict]] = {  # how a sample is read, and with what of Run's fields
+    "question alone": (READ["nothing"], {}),
+    "transcript, question": (READ["debate"], {"turns": 3}),
+    "question, transcript": (READ["debate"], {"turns": 3, "order": "last"}),
+    "question, transcript, question": (question_around, {"turns": 3}),
+    "first turn, question": (READ["debate"], {"turns": 1}),
+    "sides alone, question": (READ["sides"], {}),
+    "passage, question": (READ["evidence"], {}),
+    "question, passage": (passage_last, {}),
 }
 
 
@@ -61,37 +74,22 @@ class Args:
     out: str = flag("", "folder of the judgements")
 
 
-def texts(args: Args, form: str, seed: int, part: str) -> list[str]:
-    """What the judge reads of every sample of `part`."""
-    files = Files(Path(args.results) / args.task, args.task)
-    samples = joined(files.samples(part), files.transcripts("debate", seed, part))
-    evidence = [r["evidence"] for r in joined(files.samples(part), files.evidence(part))]
-
-    def said(row: dict) -> Callable[[int, bool], str]:
-        return lambda n, words: transcript_text(
-            args.task, "debate", row["sides"][:n], row["turns"][:n] if words else [""] * n
-        )
-
-    return [FORMS[form](row["text"], said(row), passage) for row, passage in zip(samples, evidence, strict=True)]
-
-
 def judgement(args: Args, form: str, seed: int) -> Path:
     return Path(args.out) / f"{form.replace(', ', '-').replace(' ', '_')}-{seed}.jsonl"
 
 
-def judge(args: Args, classifier: Classifier, form: str, seed: int) -> None:
-    rows = {
-        part: read_jsonl(Files(Path(args.results) / args.task, args.task).samples(part))
-        for part in ("train_a", "train_b")
-    }
+def judge(args: Args, classifier: Classifier, files: Files, form: str, seed: int) -> None:
     config = TrainConfig(lr=args.lr, batch_size=args.batch_size, epochs=args.epochs, seed=seed, dtype=args.dtype)
-    finetune(classifier, texts(args, form, seed, "train_a"), soft_labels(rows["train_a"], 2), config)
-    probs = predict(classifier, texts(args, form, seed, "train_b"), config)
-    write_jsonl(judgement(args, form, seed), prediction_rows(rows["train_b"], probs))
+    read, more = FORMS[form]
+    run = Run(form, classifier.spec, config, "debate", seed, **more)
+    learned, judged = (read(run, files, part) for part in ("train_a", "train_b"))
+    finetune(classifier, [r["text"] for r in learned], soft_labels(learned, 2), config)
+    probs = predict(classifier, [r["text"] for r in judged], config)
+    write_jsonl(judgement(args, form, seed), prediction_rows(judged, probs))
 
 
-def show(args: Args) -> None:
-    gold = np.array([r["label"] for r in read_jsonl(Path(args.results) / args.task / "data/train_b.gold.jsonl")])
+def show(args: Args, files: Files) -> None:
+    gold = np.array([r["label"] for r in read_jsonl(files.folder / "data/train_b.gold.jsonl")])
 
     def answers(form: str, seed: int) -> np.ndarray:
         return np.array([r["probs"] for r in read_jsonl(judgement(args, form, seed))]).argmax(1)
@@ -124,10 +122,11 @@ def main() -> None:
     if mine:
         classifier = Classifier(ModelSpec.parse(args.weak), 2, resolve_dtype(args.dtype), ranks=ALONE)
         for n, (form, seed) in enumerate(mine, 1):
-            judge(args, classifier, form, seed)
+            judge(args, classifier, files, form, seed)
             print0(f"{n} of {len(mine)}: {form}, debate seed {seed}")
     ranks.barrier()
-    show(args)
+    if ranks.rank == 0:
+        show(args, files)
 
 
 if __name__ == "__main__":
