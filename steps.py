@@ -3,11 +3,12 @@
 A step fills its stage's folder: `make_...(files, work, ..., out, ranks, held)` writes files to `out` and returns what it cost.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -215,9 +216,9 @@ def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, he
     """Finetune, predict, and keep the model where asked."""
     classifier = held.classifier(run.model, run.train, ranks)
     rows = labelled(files, run, read)
-    tracker = tensorboard(files, run) if run.tensorboard and ranks.rank == 0 else None
     texts, labels = [r["text"] for r in rows], train.soft_labels(rows, 2)
-    cost = train.finetune(classifier, texts, labels, run.train, out / "steps.jsonl", tracker)
+    with tensorboard(files, run, ranks) as tracker:
+        cost = train.finetune(classifier, texts, labels, run.train, out / "steps.jsonl", tracker)
     for part in run.predicts:
         rows = read(run, files, part)
         probs = train.predict(classifier, [r["text"] for r in rows], run.train)
@@ -228,18 +229,22 @@ def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, he
     return {name: value for name, value in cost.items() if name != "log"}
 
 
-def tensorboard(files: Files, run: Run) -> train.Tracker:
-    """Curves of a run for TensorBoard, as it trains."""
+@contextlib.contextmanager
+def tensorboard(files: Files, run: Run, ranks: Ranks) -> Iterator[train.Tracker | None]:
+    """Draws a run for TensorBoard as it trains, where that is asked for; the file is closed with the run."""
+    if not run.tensorboard or ranks.rank:
+        yield None
+        return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(files.folder.parent / "tensorboard" / files.task / run.name)
+    with SummaryWriter(files.folder.parent / "tensorboard" / files.task / run.name) as writer:
 
-    def track(row: dict) -> None:
-        for name in row.keys() - {"step"}:
-            writer.add_scalar(name, row[name], row["step"])
-        writer.flush()
+        def track(row: dict) -> None:
+            for name in row.keys() - {"step"}:
+                writer.add_scalar(name, row[name], row["step"])
+            writer.flush()
 
-    return track
+        yield track
 
 
 def labelled(files: Files, run: Run, read: Callable) -> list[dict]:

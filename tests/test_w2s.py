@@ -270,13 +270,14 @@ def test_datasets_and_pandas_read_what_a_run_writes(smoke, tmp_path):
 
 
 def test_tensorboard_shows_every_step(copied):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     for method in METHODS:
         shutil.rmtree(copied / f"sciq/predictions/strong-{method}-s0")
     assert run("w2s", *SMOKE, copied, "--tensorboard") == 0
     for method in METHODS:
         folder = copied / f"tensorboard/sciq/strong-{method}-s0"
-        events = accumulator.EventAccumulator(str(folder)).Reload()
+        events = EventAccumulator(str(folder)).Reload()
         steps = read_jsonl(copied / f"sciq/predictions/strong-{method}-s0/steps.jsonl")
         assert [e.value for e in events.Scalars("loss")] == pytest.approx([s["loss"] for s in steps])
 
