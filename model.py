@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers  # its parts are imported when they are used: a plan needs none of them
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
@@ -22,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 import lora
 from common import ALONE, InputError, Ranks, read_json, write_text
 from data.convert_qwen import FIRST_QWEN, converted_folder
-from data.models import BUILTIN, builtin_folder
+from data.models import BUILTIN, builtin_folder, save
 from kernels import resolve
 from kernels.head import head
 from optim import MasterAdam
@@ -361,12 +360,9 @@ def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) 
     if classifier.adapters:
         cut = f":{spec.layers}" if spec.layers else ""  # no hub has that name: nobody takes the model for the whole one
         lora.save(model, folder, spec.name + cut, spec.revision)
+        classifier.tokenizer.save_pretrained(folder)
     else:
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = weights["score.weight"].dtype  # float32: loaded so, the head is not rounded
-        model.config.save_pretrained(folder)
-        save_torch_state_dict(weights, folder)
-    classifier.tokenizer.save_pretrained(folder)
+        save(model, weights, classifier.tokenizer, folder)
     write_text(folder / "README.md", model_card(spec, settings, trained_on))
 
 

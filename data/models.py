@@ -47,14 +47,15 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def save(model, tokenizer, folder: Path) -> None:
+def save(model, weights: dict, tokenizer, folder: Path) -> None:
     """Write a Hugging Face folder, on any rank: a model's own save_pretrained writes weights on global rank 0 alone."""
     from huggingface_hub import save_torch_state_dict
 
-    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = list(weights.values())[-1].dtype  # the head's: loaded so, it is not rounded
     model.config.save_pretrained(folder)
     tied = list(model._tied_weights_keys or [])  # the head where it is the embedding: that name is not written
-    save_torch_state_dict(model.state_dict(), folder, shared_tensors_to_discard=tied)
+    save_torch_state_dict(weights, folder, shared_tensors_to_discard=tied)
     tokenizer.save_pretrained(folder)
 
 
@@ -80,7 +81,7 @@ def smollm2(folder: Path) -> None:
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in left} | {"dtype": "float32"})
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state)
-    save(model, tokenizer, folder)
+    save(model, state, tokenizer, folder)
 
 
 def random_byte_model(folder: Path) -> None:
@@ -103,7 +104,8 @@ def random_byte_model(folder: Path) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(wide))
-        save(LlamaForCausalLM(config), tokenizer, folder)
+        model = LlamaForCausalLM(config)
+    save(model, model.state_dict(), tokenizer, folder)
 
 
 if __name__ == "__main__":
