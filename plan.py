@@ -6,6 +6,7 @@ python w2s.py plan --preset auto                               the largest prese
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from common import InputError, group_size, print0
+from data.prepare import TASKS, TEST_CAP, TRAIN_CAP, load_rows
 from generate import batch_size
 from measure import compare, machine
 from model import ModelSpec
@@ -24,8 +26,17 @@ ASSUMED_UTILIZATION = {"training": 0.4, "reading": 0.4, "bandwidth": 0.3, "link"
 LAUNCHES = 0.3e-3  # seconds per layer that a decode step takes at least on a GPU, however few its rows: assumed too
 
 
-def sizes_of(splits: list[list[dict]]) -> tuple[int, ...]:
-    """The line in SIZES of a task's rows {text, evidence}, train and test: its tokens by its characters."""
+def sizes_of(task: str) -> tuple[int, ...]:
+    """A task's line in SIZES, or the same counted in a task file. Raises InputError where neither is there."""
+    if task not in SIZES and not TASKS[task].file:
+        raise InputError(f"plan: the lengths of task {task} are not known; give it a line in SIZES (sizes.py)")
+    return SIZES[task] if task in SIZES else counted(task)
+
+
+@functools.cache
+def counted(task: str) -> tuple[int, ...]:
+    """What SIZES holds of a task, from its rows: tokens by characters."""
+    splits = [load_rows(task, split, None)[:most] for split, most in (("train", TRAIN_CAP), ("test", TEST_CAP))]
     lengths = [
         [math.ceil(len(r.get(f, "")) / CHARACTERS) for rows in splits for r in rows] for f in ("text", "evidence")
     ]
@@ -38,9 +49,7 @@ class Plan:
     def __init__(self, config, task: str, gpu: Gpu, gpus: int):
         self.c, self.task, self.gpu, self.gpus = config, task, gpu, gpus
         self.e = 2 if config.dtype == "bfloat16" else 4  # bytes per element
-        if task not in SIZES:
-            raise InputError(f"plan: the lengths of task {task} are not known; give it a line in SIZES (sizes.py)")
-        rows, tests, mean, longest, evidence, longest_evidence = SIZES[task]
+        rows, tests, mean, longest, evidence, longest_evidence = sizes_of(task)
         self.half, self.tests = min(rows, config.limit_train or rows) // 2, min(tests, config.limit_test or tests)
         self.mean = min(mean, config.max_sample_tokens), evidence  # tokens of (sample, evidence)
         self.longest = min(longest, config.max_sample_tokens), longest_evidence

@@ -50,7 +50,6 @@ from model import ModelSpec, load_tokenizer
 from reach import reached
 from report.page import write
 from report.rows import Reported, collect
-from sizes import SIZES
 from stages import Stage, State, digest, locked, settings_of
 from steps import Debates, Files, Held, Run, ZeroShot
 from train import TrainConfig
@@ -337,8 +336,6 @@ def add_task(path: Path) -> str:
     """Make a task file a task like the others, for this process; returns its name."""
     name, task = data.prepare.task_of_file(path)
     data.prepare.TASKS[name], debate.PROMPTS[name] = task, task.wording
-    caps = {"train": data.prepare.TRAIN_CAP, "test": data.prepare.TEST_CAP}
-    SIZES[name] = estimate.sizes_of([data.prepare.load_rows(name, split, None)[:n] for split, n in caps.items()])
     return name
 
 
