@@ -89,11 +89,9 @@ PAPER = dict(
     transcript="last",  # "appended to each sample", as the paper words it
     max_tokens_per_forward=6144,  # what `plan` finds to fit in 80 GB
 )  # fmt: skip
-ADAPTERS = (
-    dict(  # adapters want ten times the rate (Schulman et al. 2025, LoRA Without Regret); a GPU trains them alone
-        lora_rank=16, lr=10 * TrainConfig.lr, weak_gpus=1, strong_gpus=1, max_tokens_per_forward=4096
-    )
-)
+ADAPTERS = dict(  # they want ten times the rate (Schulman et al. 2025, LoRA Without Regret); a GPU trains them alone
+    lora_rank=16, lr=10 * TrainConfig.lr, weak_gpus=1, strong_gpus=1, max_tokens_per_forward=4096
+)  # fmt: skip
 PRESETS = {
     "smoke": dict(
         tasks=PAPER_TASKS, seeds=(0, 1), weak="random-small", strong="random-large", data_dir=str(ROOT / "data/tiny"),
@@ -144,7 +142,7 @@ class Config:
     batch_size: int = flag(TrainConfig.batch_size, "samples per optimizer step", int)
     aux_warmup: str = flag(TrainConfig.aux_warmup, "of the confidence loss", choices=("openai", "linear"))
     lora_rank: int = flag(
-        TrainConfig.lora_rank, "finetune adapters of this rank, one copy of the model a GPU (0: the whole model)", int
+        TrainConfig.lora_rank, "finetune adapters of this rank, one copy of the model per GPU (0: the whole model)", int
     )
     lora_alpha: int = flag(TrainConfig.lora_alpha, "adapters count alpha / rank times", int)
     checkpointing: bool = flag(TrainConfig.checkpointing, "recompute activations to save memory", bool)

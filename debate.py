@@ -217,8 +217,7 @@ def make_transcripts(
     """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
 
     Chunks of as many samples as the debater takes at once are appended to part files as they finish and the whole is
-    renamed at the end. A file that holds fewer turns
-    is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
+    renamed at the end. A file that holds fewer turns is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
     processes chunk i goes to rank i % world_size, which has part files of its own, unless they make every chunk
     `together`; what a run with any number of them has left is used, and rank 0 joins the parts.
     """
