@@ -10,10 +10,9 @@ from conftest import ROOT
 
 import common
 import debate
-import generate
 from common import read_jsonl, stable_hash, write_jsonl
 from data.prepare import TASKS
-from debate import debate_prompt, encode_instruction, encode_question, encode_turn, make_transcripts, run_protocol
+from debate import debate_prompt, encode_question, make_transcripts, run_protocol
 from generate import ENGINES, DebateConfig, Debater, sample, splitmix64
 from model import ModelSpec
 
@@ -205,13 +204,30 @@ def test_transcripts_of_other_samples_are_refused(debater, samples, tmp_path):
         transcripts(debater, samples[1:9], tmp_path)
 
 
-def naive_transcript(debater, sample_row, protocol, seed, turns):
-    """Without cache or batch: every token from a forward over everything before it."""
-    context = encode_question(debater, "sciq", protocol, sample_row)
+ASKED = (
+    "Construct your argument for why the answer is {}.",
+    "Construct your argument for why the answer is {} and list out flaws in your opponent's argument.",
+    "Construct the counterargument to opponent's argument.",
+)
+
+
+def literal_prompt(text: str, protocol: str, said: list[str], side: int, shown: str) -> str:
+    """The prompt of the turn after those that are `said`, written out."""
+    turn, debating = len(said), protocol == "debate"
+    names = ("Debater A", "Debater B") if debating else ("Consultant", "Consultant")
+    opening = INTRODUCTION if debating else TABLE_3.split(" Construct")[0]
+    before = "".join(f"{names[t % 2]}: {words}\n" for t, words in enumerate(said))
+    asked = ASKED[min(turn, 2) if debating else 0].format(("incorrect", "correct")[side])
+    return shown.format(f"{opening}\n\n{text}\n\n{before}{asked}") + f"{names[turn % 2]}:"
+
+
+def naive_transcript(debater, sample_row, protocol, seed, turns, sides=None, shown="{}\n"):
+    """Without cache or batch: every token from a forward over the whole prompt. `shown`: as a chat template has it."""
     row = {"id": sample_row["id"], "sides": [], "turns": [], "n_tokens": []}
     for turn in range(turns):
-        side = debate.assign_side(sample_row["id"], turn if protocol == "debate" else 0)
-        prompt, said = context + encode_instruction(debater, "sciq", protocol, turn, side), []
+        side = sides[turn] if sides else debate.assign_side(sample_row["id"], turn if protocol == "debate" else 0)
+        text = literal_prompt(sample_row["text"], protocol, row["turns"], side, shown)
+        prompt, said = debater.tokenizer(text)["input_ids"], []
         for position in range(debater.config.max_new_tokens):
             with torch.no_grad():
                 logits = debater.model(torch.tensor([prompt + said]), use_cache=False).logits[:, -1]
@@ -223,11 +239,9 @@ def naive_transcript(debater, sample_row, protocol, seed, turns):
             if debater.is_end[token]:
                 break
             said.append(token)
-        text = " ".join(debater.tokenizer.decode(said, skip_special_tokens=True).split())
         row["sides"].append(side)
-        row["turns"].append(text)
+        row["turns"].append(" ".join(debater.tokenizer.decode(said, skip_special_tokens=True).split()))
         row["n_tokens"].append(len(said))
-        context = context + encode_turn(debater, protocol, turn, text)
     return row
 
 
@@ -235,55 +249,12 @@ def naive_transcript(debater, sample_row, protocol, seed, turns):
 def test_the_cache_changes_nothing(family, tiny_model, samples):
     debater = make_debater(tiny_model(family))
     batch = samples[2:8]  # of several lengths
-    got = run_protocol(debater, "sciq", "debate", batch, [4, 5], 3)
+    got = run_protocol(debater, "sciq", "debate", batch, [4, 5], 4)
     assert len({n for rows in got for r in rows for n in r["n_tokens"]}) > 2  # rows left the batch at several places
     for k, seed in enumerate((4, 5)):
-        assert got[k] == [naive_transcript(debater, s, "debate", seed, 3) for s in batch]
-
-
-class RecordingSession(generate.Session):
-    """A session that knows its tokens; `prompts` collects all rows whenever lists of tokens were fed."""
-
-    prompts: list[list[list[int]]] = []
-
-    def __init__(self, model, n_rows):
-        super().__init__(model, n_rows)
-        self.ids = torch.zeros(n_rows, 0, dtype=torch.long)
-
-    def forward(self, *blocks, room=0):
-        self.ids = torch.cat([self.ids, *(generate.aligned(b, self.ids.device)[0] for b in blocks)], dim=1)
-        out = super().forward(*blocks, room=room)
-        if isinstance(blocks[-1], list):
-            mask = self.mask[:, : self.columns]
-            self.prompts.append([r[m].tolist() for r, m in zip(self.ids, mask, strict=True)])
-        return out
-
-    def truncate(self, columns):
-        super().truncate(columns)
-        self.ids = self.ids[:, :columns]
-
-    def select(self, rows):
-        other = super().select(rows)
-        other.ids = self.ids[rows]
-        return other
-
-
-@pytest.mark.parametrize("begun", [0, 2])
-def test_a_turn_is_asked_with_exactly_the_turns_before_it(debater, samples, monkeypatch, begun):
-    monkeypatch.setattr(generate, "Session", RecordingSession)
-    batch = samples[3:7]
-    before = run_protocol(debater, "sciq", "debate", batch, [0, 1], begun) if begun else None
-    monkeypatch.setattr(RecordingSession, "prompts", [])
-    got = run_protocol(debater, "sciq", "debate", batch, [0, 1], 4, before)
-    rows = [(s, got[k][i]) for i, s in enumerate(batch) for k in (0, 1)]
-    assert len(RecordingSession.prompts) == 2 + 4 - begun  # what openings share, the openings, then a prompt a turn
-    for turn, fed in enumerate(RecordingSession.prompts[2:], begun):
-        for (s, row), ids in zip(rows if turn else rows[::2], fed, strict=True):  # before the first turn seeds agree
-            text = f"{INTRODUCTION}\n\n{s['text']}\n\n"
-            for t, said in enumerate(row["turns"][:turn]):
-                text += f"Debater {'AB'[t % 2]}: {said}\n"
-            text += f"{debate.instruction('sciq', 'debate', turn, row['sides'][turn])}\nDebater {'AB'[turn % 2]}:"
-            assert ids == debater.tokenizer(text)["input_ids"]
+        assert got[k] == [naive_transcript(debater, s, "debate", seed, 4) for s in batch]
+    begun = run_protocol(debater, "sciq", "debate", batch, [4, 5], 2)
+    assert run_protocol(debater, "sciq", "debate", batch, [4, 5], 4, begun) == got
 
 
 def test_zero_shot_is_the_likelihood_of_the_two_sides_about_its_median(debater, samples, monkeypatch):
@@ -313,9 +284,7 @@ def test_debaters_read_the_evidence_before_the_question(debater, samples):
     assert debater.tokenizer.decode(ids) == f"{INTRODUCTION}\n\nPassage: It is so.\n{samples[0]['text']}\n\n"
 
 
-def test_market_making_argues_against_the_choice(debater, samples, monkeypatch):
-    monkeypatch.setattr(generate, "Session", RecordingSession)
-    monkeypatch.setattr(RecordingSession, "prompts", [])
+def test_market_making_argues_against_the_choice(debater, samples):
     asked = []
 
     def choose(batch, rows):
@@ -324,17 +293,14 @@ def test_market_making_argues_against_the_choice(debater, samples, monkeypatch):
 
     [rows] = run_protocol(debater, "sciq", "market_making", samples[:6], [0], 3, None, choose)
     assert asked == [[(s["id"], s["id"], turn) for s in samples[:6]] for turn in range(3)]
-    assert [r["sides"] for r in rows] == [[1 - i % 2, 1 - i % 2, i % 2] for i in range(6)]
-    for turn, fed in enumerate(RecordingSession.prompts[2:]):
-        for i, ids in enumerate(fed):
-            unselected = ("incorrect", "correct")[rows[i]["sides"][turn]]
-            wanted = f"Construct your argument for why the answer is {unselected}.\nConsultant:"
-            assert debater.tokenizer.decode(ids).endswith(wanted)
+    for i, (s, row) in enumerate(zip(samples[:6], rows, strict=True)):
+        assert row == naive_transcript(debater, s, "market_making", 0, 3, sides=[1 - i % 2, 1 - i % 2, i % 2])
 
 
 def test_a_consultant_keeps_its_side(debater, samples):
     [rows] = run_protocol(debater, "sciq", "consultancy", samples, [0], 3)
     assert [r["sides"] for r in rows] == [[debate.assign_side(s["id"], 0)] * 3 for s in samples]
+    assert rows[:3] == [naive_transcript(debater, s, "consultancy", 0, 3) for s in samples[:3]]
 
 
 # ---- as a script ----

@@ -6,12 +6,11 @@ import types
 
 import pytest
 import torch
-from test_debate import INTRODUCTION, SETTINGS, RecordingSession, make_debater, naive_transcript, transcripts
+from test_debate import SETTINGS, literal_prompt, make_debater, naive_transcript, transcripts
 
-import debate
 import generate
 from common import InputError, read_jsonl, stable_hash
-from debate import encode_instruction, encode_question, encode_turn, run_protocol
+from debate import run_protocol
 from generate import ENGINES, DebateConfig, Debater, gumbel, sample, sample_dense, splitmix64
 from model import ModelSpec
 
@@ -170,17 +169,12 @@ def chat_model(tiny_model, tmp_path):
     return ModelSpec(str(tmp_path / "chat"))
 
 
-def test_a_chat_model_is_asked_through_its_template(chat_model, samples, monkeypatch):
-    monkeypatch.setattr(generate, "Session", RecordingSession)
-    monkeypatch.setattr(RecordingSession, "prompts", [])
+def test_a_chat_model_is_asked_through_its_template(chat_model, samples):
     debater = Debater(chat_model, DebateConfig(max_new_tokens=4, temperature=1.0, chat=True))
     assert debater.is_end.nonzero().flatten().tolist() == [debater.tokenizer.eos_token_id]
-    [[row]] = run_protocol(debater, "sciq", "debate", samples[:1], [0], 2)
-    content = f"{INTRODUCTION}\n\n{samples[0]['text']}\n\nDebater A: {row['turns'][0]}\n"
-    content += debate.instruction("sciq", "debate", 1, row["sides"][1])
-    [asked] = RecordingSession.prompts[3]
-    wanted = f"<system>Be brief.</system><user>{content}</user><assistant>Debater B:"
-    assert debater.tokenizer.decode(asked) == wanted
+    [[row]] = run_protocol(debater, "sciq", "debate", samples[:1], [0], 3)
+    shown = "<system>Be brief.</system><user>{}</user><assistant>"
+    assert row == naive_transcript(debater, samples[0], "debate", 0, 3, shown=shown)
 
 
 def test_chat_without_a_template_is_refused(tiny_model):
@@ -220,10 +214,8 @@ def test_vllm_is_asked_with_the_same_prompts_and_seeds_whatever_the_batch(tiny_m
         for turn in range(3):
             seed = stable_hash("noise", 1, row["id"], turn)
             assert row["n_tokens"][turn] == max(1, seed % 6)
-            said = [encode_turn(debater, "debate", t, row["turns"][t]) for t in range(turn)]
-            prompt = sum(said, encode_question(debater, "sciq", "debate", sample_row))
-            prompt += encode_instruction(debater, "sciq", "debate", turn, row["sides"][turn])
-            assert (tuple(prompt), seed) in asked[1]
+            prompt = literal_prompt(sample_row["text"], "debate", row["turns"][:turn], row["sides"][turn], "{}\n")
+            assert (tuple(debater.tokenizer(prompt)["input_ids"]), seed) in asked[1]
 
 
 def test_vllm_that_is_not_there_is_named(tiny_model, monkeypatch):
