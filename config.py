@@ -24,7 +24,8 @@ class Method:
     """One way to supervise: a row of a table or a point of a figure.
 
     `reads` is what the members, the judges, read beside the question: a protocol's transcripts (debate, consultancy,
-    market_making), sides (without their arguments), evidence (the passage itself), or nothing. `members` are pairs
+    market_making, independent), other_debate (the one about another question), sides (without their arguments), evidence
+    (the passage itself), or nothing. `members` are pairs
     (debate seed, finetuning seed), `loss` is the student's, and `shown` says where: "table2", or "figure2:3" for the
     point at 3.
     """
@@ -55,11 +56,13 @@ METHODS = {
     "finetune_pro": Method("finetune w/ pro. loss", "nothing", SINGLE, ("table2",), loss="product"),
     "consultancy": Method("consultancy", "consultancy", FOUR, ("table4",)),
     "market_making": Method("market-making", "market_making", FOUR, ("table4",)),
+    "independent": Method("both sides, not hearing each other (control)", "independent", FOUR, ("table4",)),
     "single": Method("single weak model", "debate", SINGLE, ("table5", "figure2:1")),
     "finetune_ensembles": Method("finetune ensembles", "debate", finetune_ensemble(4), ("table5",)),
     "ours": Method("ours (debate ensembles)", "debate", FOUR, EVERYWHERE),
     "naive_ensemble": Method("naive ensemble (control)", "nothing", finetune_ensemble(4), ("table5",)),
     "no_argument": Method("sides without arguments (control)", "sides", finetune_ensemble(4), ("table5",)),
+    "other_debate": Method("debates of other questions (control)", "other_debate", FOUR, ("table5",)),
     "evidence": Method("reads the evidence itself (bound)", "evidence", SINGLE, ("table5",)),
     "ensemble_2": Method("2 members", "debate", debate_ensemble(2), ("figure2:2",)),
     "ensemble_3": Method("3 members", "debate", debate_ensemble(3), ("figure2:3",)),
@@ -72,6 +75,9 @@ METHODS = {
     "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
 }
 TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
+DEFAULT_METHODS = tuple(
+    n for n in METHODS if n not in ("independent", "other_debate")
+)  # those by --methods alone: dear
 ZERO_SHOT = dict(
     zip(
         stats.ZERO_SHOT,
@@ -102,7 +108,7 @@ PRESETS = {
         lr=2e-4, weak_lr=3e-4, batch_size=16, max_new_tokens=16, chat=True, cache_tokens=65536,
         dtype="bfloat16" if torch.cpu._is_avx512_bf16_supported() else "auto",  # twice as fast there, 5 times slower elsewhere
         weak_gpus=1, strong_gpus=1,  # under several processes each trains a model of its own
-        methods=(*TABLE_METHODS, "ensemble_2", "turns_1", "turns_2"),
+        methods=tuple(n for n in DEFAULT_METHODS if n in (*TABLE_METHODS, "ensemble_2", "turns_1", "turns_2")),
     ),
     "small": dict(
         tasks=PAPER_TASKS, seeds=(0, 1, 2), weak="Qwen/Qwen2.5-0.5B", strong="Qwen/Qwen2.5-1.5B", limit_train=4000,
@@ -113,7 +119,9 @@ PRESETS = {
 }  # fmt: skip
 PER_TASK = {  # where a task departs from its preset
     ("tiny", "places"): dict(
-        methods=tuple(n for n in TABLE_METHODS if "table4" not in METHODS[n].shown or n == "ours")
+        methods=tuple(
+            n for n in DEFAULT_METHODS if n in TABLE_METHODS and "table4" not in METHODS[n].shown or n == "ours"
+        )
     ),
 }
 
@@ -127,7 +135,7 @@ class Config:
     task_file: str | None = flag(
         None, "a task of your own, JSON lines as data/task_file.py says; --tasks adds others to it"
     )
-    methods: tuple = flag(tuple(METHODS), "rows and points of the tables and figures", choices=tuple(METHODS))
+    methods: tuple = flag(DEFAULT_METHODS, "rows and points of the tables and figures", choices=tuple(METHODS))
     seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
     weak: str = flag("", "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")
     strong: str = flag("", "strong model, likewise")

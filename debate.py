@@ -1,4 +1,5 @@
-"""Transcripts: two copies of one model debate every training sample; and the alternatives, consultancy and market-making.
+"""Transcripts: two copies of one model debate every training sample; and the alternatives: consultancy, market-making,
+and two who argue for opposite sides without hearing each other.
 
     python debate.py --task sciq --samples train_a.jsonl --strong Qwen/Qwen2.5-1.5B --seed 0 1 2 3 --turns 3 --out DIR
     python debate.py --task facts --samples train_a.jsonl --protocol consultancy --out DIR --show 3
@@ -22,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,7 +50,8 @@ from generate import ENGINES, DebateConfig, Debater
 from model import ModelSpec
 from stages import Stage, State, locked, read_manifest
 
-PROTOCOLS = ("debate", "consultancy", "market_making")
+PROTOCOLS = ("debate", "consultancy", "market_making", "independent")
+TWO_SIDED = ("debate", "independent")  # two speakers, of opposite sides; those of `independent` do not hear each other
 
 
 # ---- prompts (Tables 1 and 3; what they say of a task stands beside its formatter in data/prepare.py) ----
@@ -76,7 +78,7 @@ def instruction(task: str, protocol: str, turn: int, side: int) -> str:
 
 
 def speaker(protocol: str, turn: int) -> str:
-    return f"Debater {'AB'[turn % 2]}" if protocol == "debate" else "Consultant"
+    return f"Debater {'AB'[turn % 2]}" if protocol in TWO_SIDED else "Consultant"
 
 
 def debate_prompt(task: str, protocol: str, turn: int, side: int) -> str:
@@ -176,13 +178,18 @@ def run_protocol(
     start = len(rows[0]["turns"])
     questions = [encode_question(debater, task, protocol, s) for s in samples]
     session = debater.prefill(questions, copies=K if start else 1)  # up to the first turn, all seeds read the same
-    # what was said and is not in the cache yet
-    said = [[encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in range(start)]
+
+    def hear(turns: Iterable[int]) -> list[list[list[int]]]:
+        """Turns that were said, which the cache does not hold yet; independent speakers hear none."""
+        turns = () if protocol == "independent" else turns
+        return [[encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in turns]
+
+    said = hear(range(start))
     for turn in range(start, turns):
         if protocol == "market_making":
             sides = [1 - c for c in choose([samples[s] for s, _ in pairs], rows)]
         else:
-            sides = [assign_side(r["id"], turn if protocol == "debate" else 0) for r in rows]
+            sides = [assign_side(r["id"], turn if protocol in TWO_SIDED else 0) for r in rows]
         keys = [("noise", seeds[k], samples[s]["id"], turn) for s, k in pairs]
         prompts = [encode_instruction(debater, task, protocol, turn, side) for side in sides]
         spoken = debater.decode_turn(session, said, prompts if turn else prompts[::K], keys)
@@ -190,7 +197,7 @@ def run_protocol(
             row["sides"].append(side)
             row["turns"].append(" ".join(debater.tokenizer.decode(ids, skip_special_tokens=True).split()))
             row["n_tokens"].append(len(ids))
-        said = [[encode_turn(debater, protocol, turn, r["turns"][turn]) for r in rows]]
+        said = hear([turn])
     return [rows[k::K] for k in range(K)]
 
 

@@ -113,17 +113,27 @@ def read_sides(run: Run, files: Files, part: str) -> list[dict]:
 
 def read_transcript(run: Run, files: Files, part: str) -> list[dict]:
     """The first turns of a transcript, and the question."""
-    samples = joined(files.samples(part), files.transcripts(run.reads, run.debate_seed, part))
-
-    def said(s: dict) -> str:
-        return transcript_text(files.task, run.reads, s["sides"][: run.turns], s["turns"][: run.turns])
-
-    return [s | {"text": judge_input(s["text"], said(s), run.order)} for s in samples]
+    samples, said = transcribed(run, files, part)
+    return [s | {"text": judge_input(s["text"], text, run.order)} for s, text in zip(samples, said, strict=True)]
 
 
-READ = {"nothing": read_nothing, "evidence": read_evidence, "sides": read_sides} | dict.fromkeys(
-    PROTOCOLS, read_transcript
-)
+def read_other_debate(run: Run, files: Files, part: str) -> list[dict]:
+    """The debate about the next sample, and the question."""
+    samples, said = transcribed(run, files, part)
+    said = said[1:] + said[:1]
+    return [s | {"text": judge_input(s["text"], text, run.order)} for s, text in zip(samples, said, strict=True)]
+
+
+def transcribed(run: Run, files: Files, part: str) -> tuple[list[dict], list[str]]:
+    """The samples, and of each the first turns of its transcript."""
+    protocol = PROTOCOL_OF[run.reads]
+    rows = joined(files.samples(part), files.transcripts(protocol, run.debate_seed, part))
+    return rows, [transcript_text(files.task, protocol, *(r[k][: run.turns] for k in ("sides", "turns"))) for r in rows]
+
+
+PROTOCOL_OF = {p: p for p in PROTOCOLS} | {"other_debate": "debate"}  # whose transcripts they are
+READ = {"nothing": read_nothing, "evidence": read_evidence, "sides": read_sides, "other_debate": read_other_debate}
+READ |= dict.fromkeys(PROTOCOLS, read_transcript)
 
 
 def weak_choice(floor: Path, dtype: torch.dtype, task: str, order: str) -> debate.Chooser:

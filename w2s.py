@@ -59,7 +59,7 @@ from train import TrainConfig
 # What does not make a stage stale as code: tables of which it records the entry that it uses, models, which it records by
 # their weights, what reports progress, and descriptions of the work.
 APART = (
-    "LOSSES", "READ", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
+    "LOSSES", "READ", "PROTOCOL_OF", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
     "StepLog", "tensorboard", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
 )  # fmt: skip
 
@@ -175,7 +175,7 @@ class Experiment:
         return [self.member(method.reads, k, j, method.turns, seed) for k, j in method.members]
 
     def member(self, reads: str, debate_seed: int, finetune_seed: int, turns: int, seed: int) -> Run:
-        said = f"-d{debate_seed}-t{turns}" if reads in PROTOCOLS else ""
+        said = f"-d{debate_seed}-t{turns}" if reads in steps.PROTOCOL_OF else ""
         name = {"nothing": "naive", "sides": "no_argument"}.get(reads, reads)
         floor = reads == "nothing" and finetune_seed == 0
         return self.run(
@@ -229,11 +229,11 @@ class Experiment:
         if run.reads == "evidence":
             inputs |= {f"{part} evidence": files.evidence(part) for part in parts}
         reads: dict = {"reads": run.reads}
-        if run.reads in PROTOCOLS:
+        if protocol := steps.PROTOCOL_OF.get(run.reads):
             for part in parts:
-                path = files.transcripts(run.reads, run.debate_seed, part)
+                path = files.transcripts(protocol, run.debate_seed, part)
                 inputs[f"{part} transcripts"] = functools.partial(beginning, path, run.turns)
-        if run.reads in ("sides", *PROTOCOLS):
+        if protocol or run.reads == "sides":
             reads |= {"turns": run.turns, "order": run.order, "sides": self.wording()["sides"]}
         make = functools.partial(steps.make_run, files, run, read)
         if run.heads:
@@ -272,7 +272,7 @@ class Experiment:
         for protocol in PROTOCOLS:
             turns: dict[int, int] = {}
             for m in methods.values():
-                if m.reads == protocol:
+                if steps.PROTOCOL_OF.get(m.reads) == protocol:
                     turns |= {k: max(m.turns, turns.get(k, 0)) for k, _ in m.members}
             if turns:
                 wanted += [stage(self.market_making_judge())] if protocol == "market_making" else []

@@ -146,7 +146,7 @@ def finish(ranks: list) -> None:
 
 # ---- a finished run of one task, made once for all tests ----
 
-METHODS = ("finetune", "finetune_aux", "single", "ours", "market_making", "no_argument")
+METHODS = ("finetune", "finetune_aux", "single", "ours", "market_making", "no_argument", "independent", "other_debate")
 SMOKE = ["run", "--preset", "smoke", "--tasks", "sciq", "--seeds", 0, "--limit-train", 18, "--limit-test", 8]
 SMOKE += ["--methods", *METHODS, "--out"]
 

@@ -43,7 +43,7 @@ def test_debate_prompts_are_those_of_table_1():
     assert debate_prompt("sciq", "debate", 0, 0) == TABLE_1[0][2].replace("is correct.", "is incorrect.")
 
 
-@pytest.mark.parametrize("protocol", ["consultancy", "market_making"])
+@pytest.mark.parametrize("protocol", ["consultancy", "market_making", "independent"])
 def test_prompts_of_the_alternatives_are_those_of_table_3(protocol):
     for turn in range(4):
         assert debate_prompt("sciq", protocol, turn, 0) == TABLE_3.format("incorrect")
@@ -214,9 +214,9 @@ ASKED = (
 def literal_prompt(text: str, protocol: str, said: list[str], side: int, shown: str) -> str:
     """The prompt of the turn after those that are `said`, written out."""
     turn, debating = len(said), protocol == "debate"
-    names = ("Debater A", "Debater B") if debating else ("Consultant", "Consultant")
+    names = ("Consultant", "Consultant") if protocol in ("consultancy", "market_making") else ("Debater A", "Debater B")
     opening = INTRODUCTION if debating else TABLE_3.split(" Construct")[0]
-    before = "".join(f"{names[t % 2]}: {words}\n" for t, words in enumerate(said))
+    before = "".join(f"{names[t % 2]}: {words}\n" for t, words in enumerate(said) if protocol != "independent")
     asked = ASKED[min(turn, 2) if debating else 0].format(("incorrect", "correct")[side])
     return shown.format(f"{opening}\n\n{text}\n\n{before}{asked}") + f"{names[turn % 2]}:"
 
@@ -225,7 +225,8 @@ def naive_transcript(debater, sample_row, protocol, seed, turns, sides=None, sho
     """Without cache or batch: every token from a forward over the whole prompt. `shown`: as a chat template has it."""
     row = {"id": sample_row["id"], "sides": [], "turns": [], "n_tokens": []}
     for turn in range(turns):
-        side = sides[turn] if sides else debate.assign_side(sample_row["id"], turn if protocol == "debate" else 0)
+        turn_of_side = 0 if protocol == "consultancy" else turn
+        side = sides[turn] if sides else debate.assign_side(sample_row["id"], turn_of_side)
         text = literal_prompt(sample_row["text"], protocol, row["turns"], side, shown)
         prompt, said = debater.tokenizer(text)["input_ids"], []
         for position in range(debater.config.max_new_tokens):
@@ -301,6 +302,15 @@ def test_a_consultant_keeps_its_side(debater, samples):
     [rows] = run_protocol(debater, "sciq", "consultancy", samples, [0], 3)
     assert [r["sides"] for r in rows] == [[debate.assign_side(s["id"], 0)] * 3 for s in samples]
     assert rows[:3] == [naive_transcript(debater, s, "consultancy", 0, 3) for s in samples[:3]]
+
+
+def test_independent_speakers_argue_for_opposite_sides_and_hear_nothing(debater, samples):
+    got = run_protocol(debater, "sciq", "independent", samples[:3], [0, 1], 3)
+    for k in (0, 1):
+        assert got[k] == [naive_transcript(debater, s, "independent", k, 3) for s in samples[:3]]
+    begun = run_protocol(debater, "sciq", "independent", samples[:3], [0, 1], 1)
+    assert run_protocol(debater, "sciq", "independent", samples[:3], [0, 1], 3, begun) == got
+    assert [r["sides"] for r in got[0]] == [[debate.assign_side(s["id"], t) for t in range(3)] for s in samples[:3]]
 
 
 # ---- as a script ----

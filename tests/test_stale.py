@@ -11,10 +11,10 @@ from stages import Stage, State
 
 JUDGE = {  # of each method
     "finetune": "floor", "finetune_aux": "floor", "single": "debate judge", "ours": "debate judge",
-    "market_making": "market judge", "no_argument": "sides judge",
+    "market_making": "market judge", "no_argument": "sides judge", "independent": "deaf judge", "other_debate": "placebo judge",
 }  # fmt: skip
-DEBATES, ZERO_SHOT = {"debate", "market_making"}, {"zero-shot-weak", "zero-shot-strong"}
-READERS = {"debate judge", "market judge", "sides judge"}
+DEBATES, ZERO_SHOT = {"debate", "market_making", "independent"}, {"zero-shot-weak", "zero-shot-strong"}
+READERS = set(JUDGE.values()) - {"floor"}
 WEAK = {"floor", *READERS}
 STRONG = {"ceiling", *(f"student of {judge}" for judge in WEAK)}
 TRAINED = WEAK | STRONG
@@ -53,8 +53,11 @@ MADE_FROM = {
     "floor": {"data"},
     "debate": {"data"},
     "market_making": {"data", "floor"},
+    "independent": {"data"},
     "debate judge": {"data", "debate"},
     "market judge": {"data", "market_making"},
+    "deaf judge": {"data", "independent"},
+    "placebo judge": {"data", "debate"},
     "sides judge": {"data"},
     "ceiling": {"data"},
     "zero-shot-weak": {"data"},
@@ -71,7 +74,7 @@ def kind_of(stage: str) -> str:
         return f"labels of {JUDGE[name]}"
     if name == "strong":
         return "ceiling" if run[0] == "ceiling" else f"student of {JUDGE[run[0]]}"
-    judges = {"naive": "floor", "no_argument": "sides judge", "debate": "debate judge", "market_making": "market judge"}
+    judges = JUDGE | {"naive": "floor", "debate": "debate judge"}
     return judges[run[0]] if name == "weak" else rest[0] if rest else folder
 
 

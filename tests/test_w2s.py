@@ -11,6 +11,7 @@ import pytest
 from conftest import METHODS, ROOT, SMOKE, products, record, run
 
 import debate
+import steps
 import w2s
 from common import read_jsonl, write_jsonl
 from report import stats
@@ -64,7 +65,7 @@ def test_methods_share_all_that_they_can(status, tmp_path):
     methods = {name for place in (*ROWS, *POINTS) for name in shown_in(place) if w2s.METHODS[name].reads != "evidence"}
     names = list(status(tmp_path / "out", "--methods", *methods, "--seeds", 0, 1))
     protocols = {n for n in names if "/transcripts/" in n}
-    assert protocols == {f"sciq/transcripts/{p}" for p in ("debate", "consultancy", "market_making")}
+    assert protocols == {f"sciq/transcripts/{p}" for p in debate.PROTOCOLS}
     judges = [
         n for n in names if "/weak-debate-" in n
     ]  # six debates at three turns, four at others, three more finetunings
@@ -321,6 +322,18 @@ def test_market_making_argues_against_the_weak_floor(smoke):
     floor = {r["id"]: r["probs"] for r in read_jsonl(smoke / "sciq/predictions/weak-naive-f0-s0/train_b.jsonl")}
     rows = read_jsonl(smoke / "sciq/transcripts/market_making/seed0/train_b.jsonl")
     assert [r["sides"][0] for r in rows] == [1 - int(np.argmax(floor[r["id"]])) for r in rows]
+
+
+def test_the_debate_of_another_question_is_that_of_the_next_sample(smoke):
+    files, about = steps.Files(smoke / "sciq", "sciq"), {"debate_seed": 1, "turns": 2}
+    own, other = (
+        steps.READ[reads](steps.Run("", None, None, reads, **about), files, "train_b")
+        for reads in ("debate", "other_debate")
+    )
+    questions = [r["text"] for r in read_jsonl(files.samples("train_b"))]
+    said = [r["text"].removesuffix(q) for r, q in zip(own, questions, strict=True)]
+    assert [r["text"] for r in other] == [s + q for s, q in zip(said[1:] + said[:1], questions, strict=True)]
+    assert len(set(said)) == len(said)
 
 
 STUDENTS = [
