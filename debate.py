@@ -5,8 +5,9 @@ and two who argue for opposite sides without hearing each other.
     python debate.py --task facts --samples train_a.jsonl --protocol consultancy --out DIR --show 3
     torchrun --nproc-per-node 8 debate.py ...       one copy of the model per GPU, the same transcripts
 
-Reads rows with id, text and, where only the debaters hold one, evidence; writes seed<k>.jsonl to --out: id, sides (what each turn argues for, 0 or 1), turns
-(texts), n_tokens (generated, each turn). Finished samples are appended, so a killed run continues.
+Reads rows with id, text and, where only the debaters hold one, evidence; writes seed<k>.jsonl to --out: id, sides (what
+each turn argues for, 0 or 1), turns (texts), n_tokens (generated, each turn). Finished samples are appended, so a killed
+run continues.
 
 The sides are a function of the sample alone and the turn's instruction stands last in the prompt: the question is
 computed once for all debate seeds, and what was said is kept from turn to turn. The noise of a token is a function of
@@ -223,10 +224,10 @@ def make_transcripts(
 ) -> dict:  # fmt: skip
     """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
 
-    Chunks of as many samples as the debater takes at once are appended to part files as they finish and the whole is
-    renamed at the end. A file that holds fewer turns is continued, one that holds enough is left alone. `debater` is called only when something is missing. Under several
-    processes chunk i goes to rank i % world_size, which has part files of its own, unless they make every chunk
-    `together`; what a run with any number of them has left is used, and rank 0 joins the parts.
+    Chunks of as many samples as the debater takes at once are appended to part files as they finish, and joined at the end.
+    A file that holds fewer turns is continued, one that holds enough is left alone; `debater` is called only when something
+    is missing. Under several processes chunk i goes to rank i % world_size, which has part files of its own, unless they
+    make every chunk `together`; what a run with any number of them has left is used.
     """
     ids = [s["id"] for s in samples]
     groups: dict[int, list[int]] = {}  # turns there already -> seeds

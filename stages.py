@@ -62,10 +62,12 @@ class Stage:
 
     The folder is done when its manifest.json, written last, holds the same `config`, the same digests of `inputs` (a file,
     a folder, or a function that computes the digest) and of the `code` that can be reached (reach.py). It may contain more
-    than `minimum`. A setting that an older manifest lacks had the value in `defaults`. `speed` is recorded, not compared. Under several processes rank 0 makes it while the others wait,
-    unless it is `on_all_ranks`: then `make` runs on all of them and rank 0's cost counts. `group_size` is how many make it
-    together (or the next divisor of their number) while others make its neighbours (0: all). `twins` are folders of other tasks: where one holds the result of
-    the same config, inputs and code, it is copied. `work` says what the stage does, for plan.py.
+    than `minimum`. A setting that an older manifest lacks had the value in `defaults`. `speed` is recorded, not compared.
+
+    Under several processes rank 0 makes it while the others wait, unless it is `on_all_ranks`: then `make` runs on all of
+    them and rank 0's cost counts. `group_size` is how many make it together (or the next divisor of their number) while
+    others make its neighbours (0: all). `twins` are folders of other tasks: where one holds the result of the same config,
+    inputs and code, it is copied. `work` says what the stage does, for plan.py.
     """
 
     folder: Path

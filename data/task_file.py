@@ -11,7 +11,8 @@ or, all through the file, one `text` that is true or false. A row may have more,
     evidence  what the debaters read and nobody else; in all rows or in none
     split     train or test; in all rows or in none. Otherwise a fifth of the rows is the test split
 
-Rows on the same question stay together, in the test split or in one half of the rest. The first line may say how the task is put to the debaters. Each part of it may be left out:
+Rows on the same question stay together, in the test split or in one half of the rest. The first line may say how the task is
+put to the debaters. Each part of it may be left out:
 
     {"wording": {"shown": "There is a film review.", "claim": "the review is {side}", "sides": ["negative", "positive"]}}
 
