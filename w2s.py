@@ -6,6 +6,7 @@
     python w2s.py run --preset small --task-file mytask.jsonl                 your own data (data/task_file.py)
     torchrun --nproc-per-node 8 w2s.py run ...                                every stage on 8 GPUs
     python w2s.py plan | status | report  (same flags)                        what would run | what is done | tables again
+    python w2s.py redraw --out results/FOLDER                                 tables and figures of rows that were kept
 
 The method, each step a function below: the strong model debates every training sample (`debates`); weak models, the
 judges, are finetuned on ground truth and read the transcripts (`train_members`); their soft labels on the other half are
@@ -48,8 +49,8 @@ from debate import PROTOCOLS
 from generate import DebateConfig
 from model import ModelSpec, load_tokenizer
 from reach import reached
-from report.page import write
-from report.rows import Reported, collect
+from report.page import redraw, write
+from report.rows import Reported, collect, saved
 from stages import Stage, State, digest, locked, settings_of
 from steps import Debates, Files, Held, Run, ZeroShot
 from train import TrainConfig
@@ -309,9 +310,7 @@ def beginning(path: Path, turns: int) -> str:
     try:
         rows = [[r["id"], r["sides"][:turns], r["turns"][:turns]] for r in read_jsonl(path)]
     except (KeyError, TypeError):
-        raise InputError(
-            f"{path}: not transcripts; move the folder away, and the same command makes them again"
-        ) from None
+        raise InputError(f"{path}: not transcripts; move the folder away, and they are made again") from None
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -369,9 +368,7 @@ def make_all(stages: list[Stage], out: Path, groups: dict[int, Ranks]) -> None:
                     took, so_far = time.time() - before, (time.time() - start) / 60
                     ranks.print(f"[{n}/{len(stages)}] {name}: {took:.1f} s ({so_far:.1f} min so far)")
             except Exception as e:
-                e.add_note(
-                    f"stage {stage.folder} failed; what is finished stays, and the same command resumes with this stage"
-                )
+                e.add_note(f"stage {stage.folder} failed; the same command resumes with it, what is finished stays")
                 raise
         groups[0].barrier()
     n_made, minutes = len(set().union(*groups[0].gather(made))), (time.time() - start) / 60
@@ -384,21 +381,25 @@ def accept(experiments: list[Experiment]) -> None:
         stages = [s for e in experiments for s in e.stages()]
         accepted = [s.folder for s in stages if s.accept()]
         left = sum(s.state()[0] is State.STALE for s in stages)
-    print0(
-        f"{len(accepted)} of {len(stages)} stages accepted; {left} are stale for other reasons (`status` says which)"
-    )
+    print0(f"{len(accepted)} of {len(stages)} stages accepted; {left} are stale for other reasons (see `status`)")
+
+
+LABELS = REFERENCE_RUNS | ZERO_SHOT | {n: m.label for n, m in METHODS.items()}
+SHOWN = {n: m.shown for n, m in METHODS.items()}
+
+
+def redraw_report(experiments: list[Experiment]) -> None:
+    """Tables and figures again from results.jsonl, debates.jsonl and summary.json, where that is all there is."""
+    out = results_folder(experiments[0].config)
+    redraw(saved(out, LABELS, SHOWN), out)
 
 
 def write_report(experiments: list[Experiment]) -> None:
     config = experiments[0].config
-    labels = REFERENCE_RUNS | ZERO_SHOT | {n: m.label for n, m in METHODS.items()}
-    shown = {n: m.shown for n, m in METHODS.items()}
-    report = collect(Path(config.out), [run for e in experiments for run in e.runs_to_report()], labels, shown)
+    report = collect(Path(config.out), [run for e in experiments for run in e.runs_to_report()], LABELS, SHOWN)
     write(report, results_folder(config))
     if report.stale:
-        print0(
-            f"note: {report.stale} runs were made with other settings or inputs than these; `status` says with which"
-        )
+        print0(f"note: {report.stale} runs were made with other settings or inputs than these; see `status`")
 
 
 def show_status(experiments: list[Experiment]) -> None:
@@ -406,7 +407,9 @@ def show_status(experiments: list[Experiment]) -> None:
     status.show([s for e in experiments for s in e.stages()], Path(config.out), config.json)
 
 
-COMMANDS = {"run": run, "plan": estimate.show, "status": show_status, "report": write_report, "accept": accept}
+COMMANDS = {
+    "run": run, "plan": estimate.show, "status": show_status, "report": write_report, "redraw": redraw_report, "accept": accept,
+}  # fmt: skip
 
 
 def main() -> None:

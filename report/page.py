@@ -21,17 +21,22 @@ CURVES = ("weak_floor", "finetune", "ours", "strong_ceiling")
 
 def write(report: Report, into: Path) -> None:
     """Write all files of a report; print the tables and what was written."""
-    printed = {"verdict.md": "".join(f"{tables.joined(v)}\n" for v in tables.verdicts(report.summary))}
-    printed |= {f"tables/{table.name}.md": table.markdown() for table in tables.tables(report)}
-    files = {
-        f"{name}.jsonl": "".join(map(dump_row, rows))
-        for name, rows in (("results", report.rows), ("debates", report.debates))
-    }
-    files |= {"summary.json": json.dumps(report.summary, indent=1) + "\n", **printed, "README.md": tables.card(report)}
+    rows = {"results": report.rows, "debates": report.debates}
+    files = {f"{name}.jsonl": "".join(map(dump_row, of)) for name, of in rows.items()}
+    files |= {"summary.json": json.dumps(report.summary, indent=1) + "\n", "README.md": tables.card(report)}
     files["report.html"] = build(report, into)
     for name, text in files.items():
         write_text(into / name, text)
-    for text in printed.values():
+        print0(f"wrote {into / name}")
+    redraw(report, into)
+
+
+def redraw(report: Report, into: Path) -> None:
+    """Write and print the verdict and the tables, and draw the figures: from the rows alone."""
+    files = {"verdict.md": "".join(f"{tables.joined(v)}\n" for v in tables.verdicts(report.summary))}
+    files |= {f"tables/{table.name}.md": table.markdown() for table in tables.tables(report)}
+    for name, text in files.items():
+        write_text(into / name, text)
         print0(text)
     for path in [*(into / name for name in files), *figures.write_figures(report, into / "figures")]:
         print0(f"wrote {path}")

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import run
 from statsmodels.stats.multitest import multipletests
 
 import w2s
@@ -219,6 +220,15 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
         report = fake_report(tmp_path / name)
         texts += [page.build(report, tmp_path / name), page.build(report, tmp_path / name)]
     assert len(set(texts)) == 1 and str(tmp_path) not in texts[0]
+
+
+def test_tables_and_figures_are_drawn_again_from_the_rows_that_were_kept(smoke, tmp_path):
+    for name in ("results.jsonl", "debates.jsonl", "summary.json"):
+        shutil.copy(smoke / name, tmp_path)
+    assert run("w2s", "redraw", "--out", tmp_path) == 0
+    drawn = [p.relative_to(tmp_path) for folder in ("tables", "figures") for p in tmp_path.glob(f"{folder}/*")]
+    assert len(drawn) > 6 and all((tmp_path / p).read_bytes() == (smoke / p).read_bytes() for p in drawn)
+    assert (tmp_path / "verdict.md").read_text() == (smoke / "verdict.md").read_text()
 
 
 def test_the_page_asks_for_nothing_and_can_be_read_without_a_script(small):
