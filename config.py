@@ -101,7 +101,7 @@ ADAPTERS = dict(  # they want ten times the rate (Schulman et al. 2025, LoRA Wit
 PRESETS = {
     "smoke": dict(
         tasks=PAPER_TASKS, seeds=(0, 1), weak="random-small", strong="random-large", data_dir=str(ROOT / "data/tiny"),
-        lr=1e-2, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,
+        lr=3e-3, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,  # a larger rate enlarges rounding too
     ),
     "tiny": dict(
         tasks=("places_evidence", "places"), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=440,

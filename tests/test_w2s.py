@@ -348,7 +348,7 @@ def test_a_student_is_what_train_py_makes_of_plain_questions_and_its_labels(smok
     labels = {r["id"]: r for r in read_jsonl(smoke / "sciq" / labels)}
     write_jsonl(tmp_path / "train.jsonl", [r | labels[r["id"]] for r in read_jsonl(smoke / "sciq/data/train_b.jsonl")])
     files = ["--train", tmp_path / "train.jsonl", "--test", smoke / "sciq/data/test.jsonl", "--out", tmp_path / "out"]
-    settings = ["--model", "random-large", "--loss", loss, "--lr", 0.01, "--batch-size", 8, "--epochs", 1]
+    settings = ["--model", "random-large", "--loss", loss, "--lr", 0.003, "--batch-size", 8, "--epochs", 1]
     assert run("train", *files, *settings) == 0
     predictions = smoke / f"sciq/predictions/strong-{student}-s0/test.jsonl"
     assert (tmp_path / "out/predictions.jsonl").read_bytes() == predictions.read_bytes()
