@@ -136,7 +136,7 @@ def encode_instruction(debater: Debater, task: str, protocol: str, turn: int, si
 # ---- what a model knows before anyone argues ----
 
 
-def zero_shot(debater: Debater, task: str, samples: list[dict]) -> list[list[float]]:
+def zero_shot(debater: Debater, task: str, samples: list[dict], ranks: Ranks = ALONE) -> list[list[float]]:
     """Class probabilities [N][2] without training: how likely the names of the two sides are after the sample.
 
     The log-odds of class 1 are taken relative to their median over `samples`, which needs no labels: a language model
@@ -146,10 +146,11 @@ def zero_shot(debater: Debater, task: str, samples: list[dict]) -> list[list[flo
     sides = [debater.tokens(f" {name}") for name in PROMPTS[task].sides]
     claim = PROMPTS[task].claim.format(side="").strip()
     question = f"Decide whether {PROMPTS[task].debated}.{debater.after or chr(10)}{claim[0].upper()}{claim[1:]}"
-    for chunk in chunks(samples, lambda n: debater.batch_size(n, seeds=1, turns=1)):
+    for chunk in list(chunks(samples, lambda n: debater.batch_size(n, seeds=1, turns=1)))[ranks.rank :: ranks.size]:
         prompts = [encode_question(debater, task, "zero_shot", s) for s in chunk]
         log_p = debater.log_likelihoods(prompts, debater.tokens(question), sides)
         odds |= {s["id"]: one - zero for s, (zero, one) in zip(chunk, log_p, strict=True)}
+    odds = {id: x for of_rank in ranks.gather(odds) for id, x in of_rank.items()}
     middle = statistics.median(odds.values())
     p = [1 / (1 + math.exp(middle - odds[s["id"]])) for s in samples]
     return [[1 - x, x] for x in p]

@@ -139,7 +139,7 @@ class Plan:
                     total["read"] += 2 * self.half * self.prompts(turns, seeds, self.mean)
                     total["bytes"] += spoken * (5 * self.c.max_new_tokens + 200)
             case "ZeroShot":
-                length, at_once = INTRODUCTION + INSTRUCTION + self.mean[0] + work.evidence * self.mean[1], 1
+                length = INTRODUCTION + INSTRUCTION + self.mean[0] + work.evidence * self.mean[1]
                 total["read"] = (self.half + self.tests) * length
             case "Run":
                 length, G, at_once = self.read(work, self.mean), self.group(work), 1 if work.heads else self.gpus

@@ -207,10 +207,10 @@ def make_debates(
 
 def make_zero_shot(files: Files, work: ZeroShot, settings: DebateConfig, out: Path, ranks: Ranks, held: Held) -> dict:
     """Class probabilities of train_b and test by the likelihood of the two sides' names."""
-    speaker = held.get(generate.Debater, work.model, settings)
+    speaker = held.get(generate.Debater, work.model, settings, ranks)
     for part in ("train_b", "test"):
         rows = debated(files, part) if work.evidence else read_jsonl(files.samples(part))
-        probs = debate.zero_shot(speaker, files.task, rows)
+        probs = debate.zero_shot(speaker, files.task, rows, ranks)
         if ranks.rank == 0:
             write_jsonl(out / f"{part}.jsonl", [{"id": r["id"], "probs": p} for r, p in zip(rows, probs, strict=True)])
     return {}
