@@ -75,9 +75,8 @@ METHODS = {
     "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
 }
 TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
-DEFAULT_METHODS = tuple(
-    n for n in METHODS if n not in ("independent", "other_debate")
-)  # those by --methods alone: dear
+COSTLY = ("independent", "other_debate")  # run only where --methods names them
+DEFAULT_METHODS = tuple(n for n in METHODS if n not in COSTLY)
 ZERO_SHOT = dict(
     zip(
         stats.ZERO_SHOT,
