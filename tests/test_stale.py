@@ -22,7 +22,7 @@ TRAINED = WEAK | STRONG
 # Written by hand, from the paper's steps: what reads a field, and what a kind of stage is made from.
 READ_BY = {
     "--lr 0.5": TRAINED,  # the weak model follows
-    "--lr 0.5 --weak-lr 0.01": STRONG,
+    "--lr 0.5 --weak-lr 0.003": STRONG,  # the weak model keeps the preset's
     "--weak-lr 0.5": WEAK,
     "--epochs 3": TRAINED,
     "--batch-size 3": TRAINED,
