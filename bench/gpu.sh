@@ -39,10 +39,10 @@ debates() { # seconds, name, model, more flags
 
 if [ "$dry" = 1 ]; then
   export CUDA_VISIBLE_DEVICES=""
-  part 60 made_up python3 -m bench.made_up "$made" random-large
+  part 120 made_up python3 -m bench.made_up "$made" random-large
   part 120 kernels python3 -m bench.kernels --rows T4 H --seconds 0 --csv "$out/kernels.csv"
-  steps 60 toy random-large --words 16 28 --steps 2 --rounds 1 --providers ours "openai 32"
-  debates 60 toy random-large --samples 4 --seeds 2 --max-new-tokens 4 --batches 8
+  steps 120 toy random-large --words 16 28 --steps 2 --rounds 1 --providers ours "openai 32"
+  debates 120 toy random-large --samples 4 --seeds 2 --max-new-tokens 4 --batches 8
   exit $failed
 fi
 
