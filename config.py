@@ -25,9 +25,8 @@ class Method:
 
     `reads` is what the members, the judges, read beside the question: a protocol's transcripts (debate, consultancy,
     market_making, independent), other_debate (the one about another question), sides (without their arguments), evidence
-    (the passage itself), or nothing. `members` are pairs
-    (debate seed, finetuning seed), `loss` is the student's, and `shown` says where: "table2", or "figure2:3" for the
-    point at 3.
+    (the passage itself), or nothing. `members` are pairs (debate seed, finetuning seed), `loss` is the student's, and
+    `shown` says where: "table2", or "figure2:3" for the point at 3.
     """
 
     label: str

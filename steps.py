@@ -108,19 +108,23 @@ def read_sides(run: Run, files: Files, part: str) -> list[dict]:
     def sides(sample: dict) -> str:
         return transcript_text(files.task, "debate", [assign_side(sample["id"], turn) for turn in (0, 1)], ["", ""])
 
-    return [s | {"text": judge_input(s["text"], sides(s), run.order)} for s in read_jsonl(files.samples(part))]
+    samples = read_jsonl(files.samples(part))
+    return beside(run, samples, list(map(sides, samples)))
 
 
 def read_transcript(run: Run, files: Files, part: str) -> list[dict]:
     """The first turns of a transcript, and the question."""
-    samples, said = transcribed(run, files, part)
-    return [s | {"text": judge_input(s["text"], text, run.order)} for s, text in zip(samples, said, strict=True)]
+    return beside(run, *transcribed(run, files, part))
 
 
 def read_other_debate(run: Run, files: Files, part: str) -> list[dict]:
     """The debate about the next sample, and the question."""
     samples, said = transcribed(run, files, part)
-    said = said[1:] + said[:1]
+    return beside(run, samples, said[1:] + said[:1])
+
+
+def beside(run: Run, samples: list[dict], said: list[str]) -> list[dict]:
+    """Each sample as a judge reads it with what was said."""
     return [s | {"text": judge_input(s["text"], text, run.order)} for s, text in zip(samples, said, strict=True)]
 
 

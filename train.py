@@ -164,8 +164,7 @@ def finetune(
     The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are, to rounding. Two
     equal runs give the same bits in float32; in bfloat16 on a GPU, FlashAttention's backward adds in no fixed order.
     Rows of the log {step, loss, lr, tokens, seconds} go to `steps_file` and `tracker` as training goes on. Raises
-    ValueError on labels that are no probabilities,
-    FloatingPointError on a loss that is not finite.
+    ValueError on labels that are no probabilities, FloatingPointError on a loss that is not finite.
     """
     check_labels(labels, len(texts))
     classifier.reset(config)
