@@ -21,7 +21,6 @@ FIRST_QWEN = {  # hub id -> revision
     "Qwen/Qwen-7B": "ef3c5c9c57b252f3149c1408daf4d649ec8b6c85",
     "Qwen/Qwen-14B": "5ea0d35feedf5bb275800b986244d4703dbab6ea",
 }
-FILES = ("config.json", "qwen.tiktoken", "*.safetensors", "*.safetensors.index.json")
 RENAMED = {  # parts of Qwen's names -> of Qwen2's; c_attn is cut in three besides
     "transformer.h.": "model.layers.", "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm",
     "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
@@ -41,8 +40,9 @@ def converted_folder(name: str, revision: str | None = None) -> Path:
 def downloaded(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = ["config.json", "qwen.tiktoken", "*.safetensors"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except OSError as e:
         raise InputError(f"model {name!r}: {str(e).splitlines()[0]}") from None
 

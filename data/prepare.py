@@ -4,8 +4,8 @@
 
 Binary samples in the manner of OpenAI's weak-to-strong code: a question with one candidate answer (or a passage with a
 yes/no question, or a conversation) and the label 1 (correct, yes, good) or 0. The coin that picks the candidate is
-keyed by (seed, id) and the id by the content, so both survive any reordering of the source. The only place that
-downloads data: from the hub at a pinned revision, or from --data-dir as <task>/<split>.jsonl[.gz] in the hub's schema.
+keyed by (seed, id) and the id by the content, so both survive any reordering of the source. Rows come from the hub at a
+pinned revision, or from --data-dir as <task>/<split>.jsonl[.gz] in the hub's schema.
 """
 
 import dataclasses
@@ -20,9 +20,6 @@ import common
 from common import InputError, flag, read_jsonl, stable_hash, write_jsonl, write_text
 from data import task_file
 
-NONE_OF_THE_ABOVE = "None of the above choices"
-
-
 # ---- one formatter per task: source row and coin in, (text, label) out ----
 
 
@@ -33,8 +30,7 @@ def sciq(row: dict, coin: Random) -> tuple[str, int]:
 
 
 def boolq(row: dict, coin: Random) -> tuple[str, int]:
-    question, label = boolq_question(row, coin)
-    return f"Passage: {row['passage']}\n{question}", label
+    return f"Passage: {row['passage']}\nQuestion: {row['question']}", int(row["answer"])
 
 
 def boolq_question(row: dict, coin: Random) -> tuple[str, int]:
@@ -50,12 +46,11 @@ def cosmos_qa_question(row: dict, coin: Random) -> tuple[str, int]:
     """A true answer "None of the above choices" is never shown: its row is always labelled incorrect."""
     answers = [row[f"answer{i}"] for i in range(4)]
     true = answers[row["label"]]
-    label = 0 if NONE_OF_THE_ABOVE in true else int(coin.random() < 0.5)
+    label = 0 if "None of the above choices" in true else int(coin.random() < 0.5)
     wrong = [a for a in answers if a != true]
     if not wrong:
         return "", label  # nothing to choose from: dropped
-    shown = true if label else coin.choice(wrong)
-    return f"Question: {row['question']}\nAnswer: {shown}", label
+    return f"Question: {row['question']}\nAnswer: {true if label else coin.choice(wrong)}", label
 
 
 def anthropic_hh(row: dict, coin: Random) -> tuple[str, int]:
@@ -146,9 +141,8 @@ def task_of_file(path: Path) -> tuple[str, Task]:
     if name in TASKS and not TASKS[name].file:
         raise InputError(f"--task-file {path}: {name} is a task of this repository; rename the file")
     wording, rows = task_file.read(path)
-    wording = Wording(**wording | {"sides": tuple(wording["sides"])})
     evidence = "evidence" if "evidence" in rows[0] else ""
-    return name, Task(as_given, wording, ("text",), ("text",), evidence=evidence, any_rows=True, file=path)
+    return name, Task(as_given, Wording(**wording), ("text",), ("text",), evidence=evidence, any_rows=True, file=path)
 
 
 # ---- sources ----
@@ -192,11 +186,10 @@ def facts(tables: list[Path], split: str) -> list[dict]:
     split only, in whatever table: what a test question asks was in no training question. The support passage is the
     statement alone: beside statements on other entities, a debater of 135M parameters quotes the wrong one (LOG.md).
     """
-    rows, lines = [], {path: path.read_text(encoding="utf-8").splitlines() for path in tables}
-    facts_of = {path: [line.split("\t") for line in lines[path][1:]] for path in tables}
-    group = {max(f): min(f) for pairs in facts_of.values() for f in pairs if f[::-1] in pairs}  # opposites: one group
-    for path, pairs in facts_of.items():
-        template, statement = lines[path][0].removeprefix("# ").split("\t")
+    rows, texts = [], [path.read_text(encoding="utf-8").removeprefix("# ") for path in tables]
+    contents = [[line.split("\t") for line in text.splitlines()] for text in texts]
+    group = {max(f): min(f) for _, *pairs in contents for f in pairs if f[::-1] in pairs}  # opposites: one group
+    for (template, statement), *pairs in contents:
         column = sorted({answer for _, answer in pairs})
         for entity, answer in pairs:
             together = group.get(entity, entity)
@@ -218,24 +211,23 @@ def facts(tables: list[Path], split: str) -> list[dict]:
 def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], dict]:
     """Samples {id, key, group, text, label, evidence} in seeded order, and the counts.
 
-    Incomplete and duplicate rows are dropped. The same row has the same id, and so the same candidate answer and place in
-    the order, in every task of one source. `evidence` is empty where the task has none.
+    Incomplete and duplicate rows are dropped. In every task of one source the same row has the same id, and so the same
+    candidate answer and place in the order. `evidence` is empty where the task has none.
     """
     task = TASKS[name]
-    required = dict.fromkeys((*task.fields, task.evidence) if task.evidence else task.fields)
+    required = (*task.fields, task.evidence) if task.evidence else task.fields
     samples, counts = {}, {"rows": len(rows), "incomplete": 0, "no_evidence": 0, "duplicate": 0}
     for row in rows:
-        missing = [f for f in required if f not in row]
-        if missing:
+        if missing := [f for f in required if f not in row]:
             raise InputError(f"task {name}: a row lacks the field {missing[0]!r}; it has {sorted(row)}")
         incomplete = any(row[f] is None for f in task.fields)
         if incomplete or task.evidence and not str(row[task.evidence] or "").strip():
             counts["incomplete" if incomplete else "no_evidence"] += 1
             continue
         for f in required:
-            values = task.values.get(f)
-            if (type(row[f]), row[f]) not in [(type(v), v) for v in values] if values else not isinstance(row[f], str):
-                what = f"one of {', '.join(map(json.dumps, values))}" if values else "a text"
+            values = [json.dumps(v) for v in task.values.get(f, ())]  # as JSON, 1 is neither true nor "1"
+            if json.dumps(row[f]) not in values if values else not isinstance(row[f], str):
+                what = f"one of {', '.join(values)}" if values else "a text"
                 raise InputError(f"task {name}: {f} {str(row[f])[:40]!r} of row {row[task.key[0]]!r:.60} is not {what}")
         key = "\x1f".join(" ".join(str(row[f]).lower().split()) for f in task.key)
         content = json.dumps([task.source or name, *(row[f] for f in task.fields)], ensure_ascii=False)
@@ -249,8 +241,9 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         if not text.strip():
             counts["incomplete"] += 1
             continue
-        samples[key] = {"id": id, "key": key, "group": row.get("group", key), "text": text, "label": label}
-        samples[key]["evidence"] = " ".join(row[task.evidence].split()) if task.evidence else ""
+        evidence = " ".join(row[task.evidence].split()) if task.evidence else ""
+        sample = {"id": id, "key": key, "group": row.get("group", key), "text": text, "label": label}
+        samples[key] = sample | {"evidence": evidence}
     return sorted(samples.values(), key=lambda s: (stable_hash("shuffle", seed, s["group"]), s["id"])), counts
 
 
@@ -269,32 +262,29 @@ def prepare(
     """Write train_a, train_b, train_b.gold and test to `folder`; returns the counts, also written as counts.json.
 
     Evidence lies in files of its own, <part>.evidence.jsonl, which nothing but debaters and the bound read. A sample of
-    `max_tokens` or more by any of the tokenizers is dropped here, once for every model, and counted; so is a training
-    sample whose question also stands in the test split. The first rows of a split are taken (TRAIN_CAP, TEST_CAP) before
-    anything is dropped, limits and the filter on evidence included: a task with evidence never reads further rows instead.
-    Raises InputError when a split ends up empty.
+    `max_tokens` or more by any of the tokenizers is dropped here, once for every model; so is a training sample whose
+    question also stands in the test split. The first rows of a split are taken (TRAIN_CAP, TEST_CAP) before anything is
+    dropped: a task with evidence never reads further rows instead. Raises InputError when a split ends up empty.
     """
     task, parts, counts, in_test = TASKS[name], {}, {}, set()
     splits = ("test", task.test_split, TEST_CAP, limit_test), ("train", "train", TRAIN_CAP, limit_train)
     for part, split, cap, limit in splits:
         rows = load_rows(name, split, data_dir)
         if task.any_rows:
-            rows = sorted(rows, key=lambda r: stable_hash("draw", seed, json.dumps(r, sort_keys=True)))
+            rows.sort(key=lambda r: stable_hash("draw", seed, json.dumps(r, sort_keys=True)))
         samples, counts[part] = make_samples(name, rows[:cap], seed)
         new = [s for s in samples if s["key"] not in in_test]
         short = [s for s, ok in zip(new, short_enough(new, tokenizers, max_tokens), strict=True) if ok]
         parts[part], in_test = short[:limit], {s["key"] for s in samples}
-        counts[part] |= {"also_in_test": len(samples) - len(new), "too_long": len(new) - len(short)}
-        counts[part]["kept"] = len(parts[part])
+        dropped = {"also_in_test": len(samples) - len(new), "too_long": len(new) - len(short)}
+        counts[part] |= dropped | {"kept": len(parts[part])}
     parts["train_a"], parts["train_b"] = split_in_half(parts.pop("train"))
     for part, samples in parts.items():
         if not samples:
             raise InputError(f"task {name}: no sample left in {part} ({counts})")
         n, positive = len(samples), sum(s["label"] for s in samples)
         if positive in (0, n) and part != "test":
-            raise InputError(
-                f"task {name}: all {n} samples of {part} have label {int(positive > 0)}; more or other rows"
-            )
+            raise InputError(f"task {name}: all {n} samples of {part} have label {positive > 0:d}; more or other rows")
         counts[part] = counts.get(part, {}) | {"samples": n, "positive": positive}
         fields = {part: ("id", "text") if part == "train_b" else ("id", "text", "label")}
         fields |= {"train_b.gold": ("id", "label")} if part == "train_b" else {}

@@ -31,12 +31,9 @@ from common import InputError, read_jsonl, stable_hash
 MIN_ROWS = 8  # two halves and a test split, each with both labels
 DEFAULT = {
     "text": {"shown": "There is a statement.", "claim": "the statement is {side}", "sides": ("false", "true")},
-    "question": {
-        "shown": "There is a question, followed by an answer.",
-        "claim": "the answer is {side}",
-        "sides": ("incorrect", "correct"),
-    },
-}
+    "question": {"shown": "There is a question, followed by an answer.", "claim": "the answer is {side}",
+                 "sides": ("incorrect", "correct")},
+}  # fmt: skip
 WORDING = ("shown", "debated", "claim", "sides")
 BESIDE = ("heads", "tables", "figures", "tensorboard")  # what else lies in a folder of results
 
@@ -45,10 +42,8 @@ def task_name(path: Path) -> str:
     """The file's name without .jsonl or .jsonl.gz. Raises InputError where no folder should be called that."""
     name = Path(path.name.removesuffix(".gz")).stem
     if name in BESIDE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-        raise InputError(
-            f"--task-file {path}: rename the file; its name is the task's, of up to 64 letters, digits, - and _, "
-            f"and none of {', '.join(BESIDE)}"
-        )
+        allowed = f"up to 64 letters, digits, - and _, and none of {', '.join(BESIDE)}"
+        raise InputError(f"--task-file {path}: rename the file; its name is the task's, of {allowed}")
     return name
 
 
@@ -72,10 +67,8 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         text = row.get("text") or f"Q: {row['question']} A: {row['answer']}"
         id = str(row.get("id", hashlib.blake2b(text.encode(), digest_size=8).hexdigest()))
         for what, value in (("text", text), ("id", id)):
-            if (before := lines.setdefault((what, value), number)) != number:
-                raise InputError(
-                    f"{path}:{number}: the same {what} as line {before}, {value[:60]!r}; each may stand once"
-                )
+            if (line := lines.setdefault((what, value), number)) != number:
+                raise InputError(f"{path}:{number}: the same {what} as line {line}: {value[:60]!r}")
         more = {f: row[f] for f in ("label", "split", "evidence") if f in row}
         rows.append({"id": id, "group": row.get("question", text), "text": text} | more)
     if "split" not in first:
@@ -83,13 +76,12 @@ def read(path: Path) -> tuple[dict, list[dict]]:
     for split in ("train", "test"):
         zeros, ones = (sum((r["split"], r["label"]) == (split, label) for r in rows) for label in (0, 1))
         if not zeros or not ones:
-            raise InputError(
-                f"{path}: the {split} split has {zeros} rows with label 0 and {ones} with label 1; both labels are needed "
-                f"(rows on the same question stay together)"
-            )
+            found = f"the {split} split has {zeros} rows with label 0 and {ones} with label 1"
+            raise InputError(f"{path}: {found}; both labels are needed (rows on the same question stay together)")
     wording = DEFAULT["text" if "text" in first else "question"] | given
     zero, one = wording["sides"]
-    return {"debated": wording["claim"].format(side=f"{one} or {zero}")} | wording, rows
+    debated = wording["claim"].format(side=f"{one} or {zero}")
+    return {"debated": debated} | wording | {"sides": (zero, one)}, rows
 
 
 def numbered_rows(path: Path) -> list[tuple[int, dict]]:
