@@ -11,6 +11,7 @@ pinned revision, or from --data-dir as <task>/<split>.jsonl[.gz] in the hub's sc
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,10 +137,13 @@ TRAIN_CAP, TEST_CAP = 20_000, 10_000  # OpenAI's: the first rows of the source, 
 
 
 def task_of_file(path: Path) -> tuple[str, Task]:
-    """Name and entry of a task file. Raises InputError where the file is none, or named as a task that is here."""
-    name = task_file.task_name(path)
-    if name in TASKS and not TASKS[name].file:
-        raise InputError(f"--task-file {path}: {name} is a task of this repository; rename the file")
+    """Name and entry of a task file. Raises InputError where the file is none, or its name cannot be a task's."""
+    name = Path(path.name.removesuffix(".gz")).stem
+    taken = ["heads", "tables", "figures", "tensorboard"]  # what else lies in a folder of results
+    taken += [other for other, task in TASKS.items() if not task.file]
+    if name in taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        allowed = f"up to 64 letters, digits, - and _, and none of {', '.join(taken)}"
+        raise InputError(f"--task-file {path}: rename the file; its name is the task's, of {allowed}")
     wording, rows = task_file.read(path)
     evidence = "evidence" if "evidence" in rows[0] else ""
     return name, Task(as_given, Wording(**wording), ("text",), ("text",), evidence=evidence, any_rows=True, file=path)

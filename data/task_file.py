@@ -35,16 +35,6 @@ DEFAULT = {
                  "sides": ("incorrect", "correct")},
 }  # fmt: skip
 WORDING = ("shown", "debated", "claim", "sides")
-BESIDE = ("heads", "tables", "figures", "tensorboard")  # what else lies in a folder of results
-
-
-def task_name(path: Path) -> str:
-    """The file's name without .jsonl or .jsonl.gz. Raises InputError where no folder should be called that."""
-    name = Path(path.name.removesuffix(".gz")).stem
-    if name in BESIDE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-        allowed = f"up to 64 letters, digits, - and _, and none of {', '.join(BESIDE)}"
-        raise InputError(f"--task-file {path}: rename the file; its name is the task's, of {allowed}")
-    return name
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:

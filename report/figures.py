@@ -37,11 +37,9 @@ def draw(size: tuple[float, float], panels: dict[str, tuple]) -> Figure:
 def svg(name: str, height: float, plot: Callable, *args) -> str:
     """One panel as inline SVG with ids of its own, in the page's text colour; the same bytes for the same numbers."""
     with rc_context(STYLE):
-        file = io.StringIO()
-        fig = draw((4.4, height), {"": (plot, *args)})
-        fig.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
+        file, no_date = io.StringIO(), {"Date": None, "Creator": None}
+        draw((4.4, height), {"": (plot, *args)}).savefig(file, format="svg", transparent=True, metadata=no_date)
+    text = "<svg" + file.getvalue().partition("<svg")[2].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return re.sub(r'<svg (.*?)width="[^"]*"', rf'<svg role="img" aria-label="{name}" \1', text, count=1, flags=re.S)

@@ -40,8 +40,7 @@ class Report(NamedTuple):
 
     def figure_only(self, method: str) -> bool:
         """Whether a method is a point of a figure and no row of a table."""
-        places = self.shown.get(method)
-        return bool(places) and all(place.startswith("figure") for place in places)
+        return all(place.startswith("figure") for place in self.shown.get(method, ["table2"]))
 
 
 def collect(out: Path, runs: list[Reported], labels: dict[str, str], shown: dict[str, tuple[str, ...]]) -> Report:
@@ -60,9 +59,8 @@ def collect(out: Path, runs: list[Reported], labels: dict[str, str], shown: dict
                 if stale[judge.folder] is not None:
                     seeds = {"debate_seed": debate_seed, "finetune_seed": finetune_seed, "seed": run.seed}
                     debates.append(debate_row(out, run, seeds, transcripts, floor, judge.folder / "train_b.jsonl"))
-    return Report(
-        out, [row for row, _ in scores], debates, summarize(scores), labels, shown, sum(map(bool, stale.values()))
-    )
+    rows, n_stale = [row for row, _ in scores], sum(map(bool, stale.values()))
+    return Report(out, rows, debates, summarize(scores), labels, shown, n_stale)
 
 
 def saved(out: Path, labels: dict[str, str], shown: dict[str, tuple[str, ...]]) -> Report:
@@ -127,7 +125,8 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
 
     Lengths are in tokens of the debater; the quarters are of equal size, the shortest transcripts first.
     """
-    gold, paths = out / run.task / "data/train_b.gold.jsonl", {"transcripts": transcripts, "before": floor}
+    gold = out / run.task / "data/train_b.gold.jsonl"
+    paths = {"transcripts": transcripts, "before": floor, "predictions": predictions}
     (before, labels), (after, _) = scored(floor, gold), scored(predictions, gold)
     debates = align_by_id(read_jsonl(transcripts), [r["id"] for r in read_jsonl(gold)], str(transcripts))
     length = np.array([sum(r["n_tokens"][: run.turns]) for r in debates])
@@ -135,8 +134,7 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
     answer, right, changed = after.argmax(1), after.argmax(1) == labels, after.argmax(1) != before.argmax(1)
     row = {
         "task": run.task, "protocol": run.reads, "turns": run.turns, **seeds, "sides": run.sides,
-        **origin(read_manifest(predictions.parent)),
-        **{name: str(path.relative_to(out)) for name, path in (paths | {"predictions": predictions}).items()},
+        **origin(read_manifest(predictions.parent)), **{name: str(p.relative_to(out)) for name, p in paths.items()},
         "n": len(labels), "judge_accuracy": mean(right), "first_speaker_wins": mean(answer == first),
         "changed": mean(changed), "to_right": mean(changed & right), "to_wrong": mean(changed & ~right),
     }  # fmt: skip
@@ -151,9 +149,8 @@ def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:
     labels = read_jsonl(gold)
     rows = align_by_id(read_jsonl(predictions), [r["id"] for r in labels], str(predictions))
     if not all(isinstance(r.get("probs"), list) and r["probs"] for r in rows) or any("label" not in g for g in labels):
-        raise InputError(
-            f"{predictions} with {gold}: not probabilities and labels; `python w2s.py status` says what is stale"
-        )
+        what = f"{predictions} with {gold}: not probabilities and labels"
+        raise InputError(f"{what}; `python w2s.py status` says what is stale")
     return np.array([r["probs"] for r in rows]), np.array([r["label"] for r in labels])
 
 

@@ -14,9 +14,8 @@ REFERENCES = {*BOUNDS, *ZERO_SHOT}  # reported beside the methods: neither teste
 def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, np.ndarray]:
     """Resampled accuracies [resamples] of each method from its correct answers [S, N].
 
-    Seeds and items are drawn with replacement, independently, the same draw for every method. The intervals cover the
-    truth in 95% of studies with five seeds of the usual spread, in fewer with two or three seeds that differ much, in
-    more where seeds hardly differ (LOG.md, tests/test_stats.py).
+    Seeds and items are drawn with replacement, independently, the same draw for every method. With five seeds of
+    the usual spread the intervals cover the truth in 95% of studies; with two or three that differ much, in fewer (LOG.md).
     """
     S, N = next(iter(correct.values())).shape
     rng = np.random.default_rng(0)
@@ -27,8 +26,7 @@ def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = 2000) -> di
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
     """95% percentile interval."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+    return tuple(np.percentile(draws, [2.5, 97.5]).tolist())
 
 
 def pgr(weak: float, student: float, ceiling: float) -> float:

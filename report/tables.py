@@ -143,24 +143,20 @@ def table_of_methods(report: Report, name: str) -> Table:
     return Table(name, TABLES[name], parts, METHODS_NOTE)
 
 
-def verdicts(summary: dict) -> list[list]:
-    """Did debate help? A sentence per task, decided by the interval of ours minus finetune; parts are text or Number."""
-    sentences = []
-    for task, cells in summary.items():
-        ours = cells.get("ours", {})
-        if "diff_vs_finetune" not in ours:
-            sentences.append([f"{task}: no answer, because ours and finetune were not both run."])
-            continue
-        low, high = ours["diff_vs_finetune_ci"]
-        answer = "yes" if low > 0 else "no, it hurt" if high < 0 else "not shown, the interval holds zero"
-        difference = cell_number(cells, "ours", "diff_vs_finetune")
-        sentence = [f"{task}: {answer}. Ours minus finetune is ", difference, " points of test accuracy"]
-        if ours["pgr"] is not None:
-            sentence += ["; PGR is ", cell_number(cells, "ours", "pgr"), " %"]
-        elif gap := cell_number(cells, "strong_ceiling", "gap"):
-            sentence += ["; PGR is blank, because the ceiling's lead over the floor, ", gap, ", is not clear of zero"]
-        sentences.append([*sentence, f" ({ours['seeds']} seeds, {ours['n']} test items)."])
-    return sentences
+def verdict(task: str, cells: dict) -> list:
+    """Did debate help? A sentence of text and Numbers, decided by the interval of ours minus finetune."""
+    ours = cells.get("ours", {})
+    if "diff_vs_finetune" not in ours:
+        return [f"{task}: no answer, because ours and finetune were not both run."]
+    low, high = ours["diff_vs_finetune_ci"]
+    answer = "yes" if low > 0 else "no, it hurt" if high < 0 else "not shown, the interval holds zero"
+    difference = cell_number(cells, "ours", "diff_vs_finetune")
+    sentence = [f"{task}: {answer}. Ours minus finetune is ", difference, " points of test accuracy"]
+    if ours["pgr"] is not None:
+        sentence += ["; PGR is ", cell_number(cells, "ours", "pgr"), " %"]
+    elif gap := cell_number(cells, "strong_ceiling", "gap"):
+        sentence += ["; PGR is blank, because the ceiling's lead over the floor, ", gap, ", is not clear of zero"]
+    return [*sentence, f" ({ours['seeds']} seeds, {ours['n']} test items)."]
 
 
 CARD = """---

@@ -277,7 +277,7 @@ def test_the_verdict_is_what_the_interval_says():
         return {"ours": ours | {"pgr": pgr, "pgr_ci": (0.2, 0.8)}, "strong_ceiling": ceiling, **others}
 
     summary = {"a": cells(0.01, 0.11, 0.5), "b": cells(-0.01, 0.1), "c": cells(-0.2, -0.1), "d": {"finetune": {}}}
-    a, b, c, d = map(tables.joined, tables.verdicts(summary))
+    a, b, c, d = (tables.joined(tables.verdict(*of)) for of in summary.items())
     assert a.startswith("a: yes. ") and "+6.0 [+1.0, +11.0]" in a and "PGR is 50 [20, 80] %" in a and "2 seeds, 99" in a
     assert b.startswith("b: not shown") and "+2.0 [-1.0, +5.0], is not clear of zero" in b
     assert c.startswith("c: no, it hurt. ") and d.startswith("d: no answer")
