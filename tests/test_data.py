@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 from collections import Counter
 from random import Random
 
@@ -16,15 +15,6 @@ from model import ModelSpec, load_tokenizer
 PARTS = ("train_a", "train_b", "test")
 TINY = ROOT / "data/tiny"
 PAPER_TASKS = ("sciq", "boolq", "cosmos_qa", "anthropic_hh")
-
-
-def both_coins(formatter, row) -> dict[int, set[str]]:
-    """Label -> the texts that come with it, over many coins."""
-    texts: dict[int, set[str]] = {0: set(), 1: set()}
-    for seed in range(200):
-        text, label = formatter(row, Random(seed))
-        texts[label].add(text)
-    return texts
 
 
 # ---- formatters ----
@@ -50,7 +40,8 @@ FORMATTED = [  # of the second cosmos_qa row NONE is the truth, which is never s
 
 @pytest.mark.parametrize("formatter, row, true, false, start", FORMATTED)
 def test_a_formatter_shows_the_truth_or_another_answer(formatter, row, true, false, start):
-    assert both_coins(formatter, row) == {1: {start + t for t in true}, 0: {start + t for t in false}}
+    shown = {formatter(row, Random(seed)) for seed in range(200)}
+    assert shown == {(start + text, 1) for text in true} | {(start + text, 0) for text in false}
 
 
 def test_the_coin_is_fair():
@@ -72,13 +63,9 @@ def files_of(folder):
 
 @pytest.mark.parametrize("task", PAPER_TASKS)
 def test_the_order_of_the_source_does_not_matter(task, tmp_path):
-    splits = ("train", p.TASKS[task].test_split)
-    for split in splits:
-        rows = read_jsonl(TINY / task / f"{split}.jsonl")
-        random.Random(1).shuffle(rows)
-        write_jsonl(tmp_path / "shuffled" / task / f"{split}.jsonl", [dict(reversed(r.items())) for r in rows])
+    shuffled = [[dict(reversed(r.items())) for r in Random(1).sample(rows, len(rows))] for rows in tiny_rows(task)]
     p.prepare(task, tmp_path / "a", TINY)
-    p.prepare(task, tmp_path / "b", tmp_path / "shuffled")
+    p.prepare(task, tmp_path / "b", write_source(tmp_path / "shuffled", *shuffled, task))
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert set(files_of(tmp_path / "a")) == {*(f"{x}.jsonl" for x in PARTS), "train_b.gold.jsonl", "counts.json"}
 
@@ -111,53 +98,54 @@ def question(i, **changes):
     return row | {f"distractor{n}": f"no {i}.{n}" for n in (1, 2, 3)} | changes
 
 
+def write_source(folder, train, test, task="sciq"):
+    write_jsonl(folder / task / "train.jsonl", train)
+    write_jsonl(folder / task / f"{p.TASKS[task].test_split}.jsonl", test)
+    return folder
+
+
+def tiny_rows(task="sciq"):
+    """Rows of both splits."""
+    return [read_jsonl(TINY / task / f"{split}.jsonl") for split in ("train", p.TASKS[task].test_split)]
+
+
 def test_duplicates_are_removed_and_counted(tmp_path):
     train = [question(i) for i in range(20)]
     train += [question(3), question(4, question="question  4? ", correct_answer="another")]  # of one split
     test = [question(i) for i in range(100, 105)] + [question(5), question(6, question="QUESTION 6?", distractor1="x")]
-    for split, rows in (("train", train), ("test", test)):
-        write_jsonl(tmp_path / "source/sciq" / f"{split}.jsonl", rows)
-    counts, parts = prepared("sciq", tmp_path / "data", tmp_path / "source")
+    counts, parts = prepared("sciq", tmp_path / "data", write_source(tmp_path / "source", train, test))
     asked = Counter(" ".join(r["text"].lower().split("?")[0].split()) for rows in parts.values() for r in rows)
     assert len(asked) == 25 and set(asked.values()) == {1}
     assert len(parts["test"]) == 7 and len(parts["train_a"] + parts["train_b"]) == 18
     wanted = {"rows": 22, "duplicate": 2, "also_in_test": 2, "kept": 18}
     assert counts["train"] | wanted == counts["train"] and counts["test"]["duplicate"] == 0
     assert json.loads((tmp_path / "data/counts.json").read_text()) == counts
-    for split in ("train", "test"):  # which one of the rows that ask the same stays is not a matter of their order
-        rows = read_jsonl(tmp_path / "source/sciq" / f"{split}.jsonl")
-        write_jsonl(tmp_path / "back/sciq" / f"{split}.jsonl", rows[::-1])
-    p.prepare("sciq", tmp_path / "again", tmp_path / "back")
-    assert files_of(tmp_path / "again") == files_of(tmp_path / "data")
+    p.prepare("sciq", tmp_path / "again", write_source(tmp_path / "back", train[::-1], test[::-1]))
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "data")  # whichever of the same questions comes first
 
 
-def test_incomplete_rows_are_dropped_and_counted(tmp_path):
+def test_incomplete_rows_are_dropped_and_counted():
     rows = [question(i, distractor2=None if i < 3 else "no") for i in range(10)]
-    write_jsonl(tmp_path / "source/sciq/train.jsonl", rows)
-    write_jsonl(tmp_path / "source/sciq/test.jsonl", [question(i) for i in range(20, 25)])
-    counts, parts = prepared("sciq", tmp_path / "data", tmp_path / "source")
-    assert counts["train"]["incomplete"] == 3 and len(parts["train_a"] + parts["train_b"]) == 7
+    samples, counts = p.make_samples("sciq", rows, 0)
+    assert counts["incomplete"] == 3 and len(samples) == 7
 
 
 def test_too_long_samples_are_dropped_for_all_models_and_counted(tmp_path):
     lengths = [30, 49, 50, 51, 80]  # of "Q: ... A: x" in bytes
     rows = [question(0, question=str(n).ljust(n - 8, "?"), correct_answer="x") for n in lengths]
     rows = [r | {f"distractor{n}": str(n) for n in (1, 2, 3)} for r in rows]
-    write_jsonl(tmp_path / "source/sciq/train.jsonl", rows + [question(i) for i in range(6)])
-    write_jsonl(tmp_path / "source/sciq/test.jsonl", [r | {"question": "t" + r["question"][:-1]} for r in rows])
-    bytes_ = load_tokenizer(ModelSpec("random-small"))
-    counts, parts = prepared("sciq", tmp_path / "data", tmp_path / "source", tokenizers=(bytes_,), max_tokens=50)
+    test = [r | {"question": "t" + r["question"][:-1]} for r in rows]
+    source = write_source(tmp_path / "source", rows + [question(i) for i in range(6)], test)
+    tokenizers = (load_tokenizer(ModelSpec("random-small")),)
+    counts, parts = prepared("sciq", tmp_path / "data", source, tokenizers=tokenizers, max_tokens=50)
     for split, kept in (("train", parts["train_a"] + parts["train_b"]), ("test", parts["test"])):
         assert {len(r["text"]) for r in kept} >= {30, 49} and max(len(r["text"]) for r in kept) < 50
         assert counts[split]["too_long"] == 3
 
-    class Words:
-        def __call__(self, texts):
-            return {"input_ids": [t.split() for t in texts]}
 
-    ok = p.short_enough([{"text": "a b c"}, {"text": "abcdef"}, {"text": "ab c"}], (bytes_, Words()), 3)
-    assert ok == [False, False, False]  # each is too long for one of the two
-    assert p.short_enough([{"text": "a b c"}, {"text": "abc"}], (bytes_, Words()), 4) == [False, True]
+def test_a_sample_must_be_short_enough_by_every_tokenizer():
+    a, b = (lambda texts, x=x: {"input_ids": [x * t.count(x) for t in texts]} for x in "ab")
+    assert p.short_enough([{"text": t} for t in ("aaab", "abbb", "aabb")], (a, b), 3) == [False, False, True]
 
 
 def test_groups_are_not_divided():
@@ -200,10 +188,10 @@ def test_gold_labels_of_train_b_are_in_no_other_file(task, tmp_path):
 
 
 def tables_of(task):
-    """Of each table: its template of a question, and its pairs of entity and answer."""
+    """Of each table: its path, the templates of question and statement, and the pairs of entity and answer."""
     for path in p.fact_tables(task):
         header, *lines = path.read_text().splitlines()
-        yield header.removeprefix("# ").split("\t")[0], [line.split("\t") for line in lines]
+        yield path, *header.removeprefix("# ").split("\t"), [line.split("\t") for line in lines]
 
 
 @pytest.mark.parametrize("task", ["facts", "places"])
@@ -211,7 +199,7 @@ def test_entities_of_the_parts_are_disjoint_also_the_other_way_round(task, tmp_p
     _, parts = prepared(task, tmp_path / "data", None)
     part_of = {r["text"][3:].rpartition(" A: ")[0]: x for x in PARTS for r in parts[x]}
     found = {x: set() for x in PARTS}
-    for template, pairs in tables_of(task):
+    for _, template, _, pairs in tables_of(task):
         for entity, answer in pairs:
             part = part_of[template.replace("{}", entity)]
             found[part].add(entity)
@@ -246,10 +234,8 @@ def test_distractors_are_other_answers_of_the_same_table(tmp_path):
 
 
 def test_the_passage_of_a_question_states_its_answer():
-    for path in p.fact_tables("facts"):
-        header, *lines = path.read_text().splitlines()
-        template, statement = header.removeprefix("# ").split("\t")
-        said = {template.replace("{}", e): statement.format(e, a) for e, a in (line.split("\t") for line in lines)}
+    for path, template, statement, pairs in tables_of("facts"):
+        said = {template.replace("{}", e): statement.format(e, a) for e, a in pairs}
         for row in p.facts([path], "train") + p.facts([path], "test"):
             assert row["support"].lower() == said[row["question"]].lower() and row["correct_answer"] in row["support"]
 
@@ -280,11 +266,9 @@ def test_rows_without_evidence_are_dropped_and_counted():
 # ---- task files ----
 
 
-def own_rows(n=60, **more):
+def own_rows(n=60):
     """Questions each with a right and a wrong answer."""
-    return [
-        {"question": f"{i // 2} + 1?", "answer": str(i // 2 + 1 + i % 2), "label": 1 - i % 2} | more for i in range(n)
-    ]
+    return [{"question": f"{i // 2} + 1?", "answer": str(i // 2 + 1 + i % 2), "label": 1 - i % 2} for i in range(n)]
 
 
 def of_file(path, rows, folder):
@@ -304,12 +288,11 @@ def test_rows_of_a_task_file_are_samples_whatever_their_order(tmp_path):
     name, task, counts, parts = of_file(tmp_path / "own-1.jsonl", rows, tmp_path / "a")
     assert name == "own-1" and task.wording == p.Wording("There is a question, followed by an answer.")
     assert [counts[x]["samples"] for x in PARTS] == [24, 24, 12] and not task.evidence
-    labels = {r["text"]: r["label"] for x in ("train_a", "test") for r in parts[x]}
-    labels |= {
-        b["text"]: g["label"]
-        for b, g in zip(parts["train_b"], read_jsonl(tmp_path / "a/train_b.gold.jsonl"), strict=True)
+    gold = zip(parts["train_b"], read_jsonl(tmp_path / "a/train_b.gold.jsonl"), strict=True)
+    labelled = [*parts["train_a"], *parts["test"], *(r | label for r, label in gold)]
+    assert {r["text"]: r["label"] for r in labelled} == {
+        f"Q: {r['question']} A: {r['answer']}": r["label"] for r in rows
     }
-    assert labels == {f"Q: {r['question']} A: {r['answer']}": r["label"] for r in rows}
     asked = {x: {r["text"].split(" A: ")[0] for r in parts[x]} for x in PARTS}
     assert sum(map(len, asked.values())) == 30  # no question stands in two parts
     of_file(tmp_path / "own-1.jsonl", [dict(reversed(r.items())) for r in reversed(rows)], tmp_path / "b")
@@ -319,56 +302,40 @@ def test_rows_of_a_task_file_are_samples_whatever_their_order(tmp_path):
 
 
 def test_ids_splits_and_evidence_of_a_task_file_are_kept(tmp_path):
-    rows = [
-        {"text": f"{i} is even", "label": 1 - i % 2, "id": i, "evidence": f"{i}  mod 2", "odd": []} for i in range(40)
-    ]
-    rows = [r | {"split": "test" if r["id"] < 7 else "train"} for r in rows]
-    rows.append(
-        {"text": "1 IS EVEN", "id": "X", "label": 0, "evidence": "e", "split": "train"}
-    )  # case makes a difference
+    rows = [{"text": f"{i} is even", "label": 1 - i % 2, "id": i, "evidence": f"{i}  mod 2"} for i in range(40)]
+    rows.append({"text": "1 IS EVEN", "label": 0, "id": "X", "evidence": "e", "odd": []})  # case makes a difference
+    rows = [r | {"split": "test" if i < 7 else "train"} for i, r in enumerate(rows)]
     _, task, counts, parts = of_file(tmp_path / "own.jsonl", rows, tmp_path / "a")
     assert {r["id"]: r["text"] for r in parts["test"]} == {str(i): f"{i} is even" for i in range(7)}
     assert {r["id"] for x in ("train_a", "train_b") for r in parts[x]} == {*map(str, range(7, 40)), "X"}
     evidence = {r["id"]: r["evidence"] for x in PARTS for r in read_jsonl(tmp_path / f"a/{x}.evidence.jsonl")}
     assert evidence == {str(i): f"{i} mod 2" for i in range(40)} | {"X": "e"}
     assert counts["train"]["duplicate"] == counts["train"]["also_in_test"] == 0
-    sides = ("false", "true")
-    assert task.wording == p.Wording(
-        "There is a statement.", "the statement is true or false", sides, "the statement is {side}"
-    )
+    given = ("There is a statement.", "the statement is true or false", ("false", "true"), "the statement is {side}")
+    assert task.wording == p.Wording(*given)
 
 
 def test_the_first_line_of_a_task_file_words_it(tmp_path):
-    given = {"shown": "There is a film review.", "claim": "the review is {side}", "sides": ["negative", "positive"]}
-    wording = p.Wording(
-        "There is a film review.", "the review is positive or negative", ("negative", "positive"), given["claim"]
-    )
-    (tmp_path / "own.jsonl.gz").write_bytes(
-        gzip.compress("\n\n".join(map(json.dumps, [{"wording": given}, *own_rows(20)])).encode())
-    )
+    shown, claim, sides = "There is a film review.", "the review is {side}", ("negative", "positive")
+    header = {"wording": {"shown": shown, "claim": claim, "sides": sides}}
+    lines = "\n\n".join(map(json.dumps, [header, *own_rows(20)]))
+    (tmp_path / "own.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    wording = p.Wording(shown, "the review is positive or negative", sides, claim)
     name, task = p.task_of_file(tmp_path / "own.jsonl.gz")
     assert (name, task.wording, wording.claims(1)) == ("own", wording, "the review is positive")
     write_jsonl(tmp_path / "own.jsonl", [{"wording": {"debated": "this or that"}}, *own_rows(20)])
-    assert p.task_of_file(tmp_path / "own.jsonl")[1].wording == p.Wording(
-        "There is a question, followed by an answer.", "this or that"
-    )
+    wording = p.Wording("There is a question, followed by an answer.", "this or that")
+    assert p.task_of_file(tmp_path / "own.jsonl")[1].wording == wording
 
 
 # ---- files ----
 
 
-def copy_of_tiny(folder, task="sciq"):
-    for split in ("train", p.TASKS[task].test_split):
-        write_jsonl(folder / task / f"{split}.jsonl", read_jsonl(TINY / task / f"{split}.jsonl"))
-    return folder
-
-
 def test_gz_reads_like_jsonl(tmp_path):
-    source = copy_of_tiny(tmp_path / "plain")
-    for path in (source / "sciq").iterdir():
-        (tmp_path / "packed/sciq").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "packed/sciq" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-    p.prepare("sciq", tmp_path / "a", source)
+    for path in (write_source(tmp_path / "packed", *tiny_rows()) / "sciq").iterdir():
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    p.prepare("sciq", tmp_path / "a", TINY)
     p.prepare("sciq", tmp_path / "b", tmp_path / "packed")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
@@ -391,7 +358,7 @@ BAD = [  # file, content, what is said
 
 @pytest.mark.parametrize("file, content, told", BAD)
 def test_a_bad_file_is_named(file, content, told, tmp_path):
-    source = copy_of_tiny(tmp_path)
+    source = write_source(tmp_path, *tiny_rows())
     (source / "sciq/train.jsonl").unlink()
     (source / "sciq" / file).write_bytes(content)
     with pytest.raises(InputError, match=told):

@@ -3,12 +3,12 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 
-import common
 import debate
 from common import read_jsonl, stable_hash, write_jsonl
 from data.prepare import TASKS
@@ -18,36 +18,21 @@ from model import ModelSpec
 
 # ---- prompts ----
 
-INTRODUCTION = (
-    "There is a science knowledge question, followed by an answer. Debate with another opponent for whether the answer "
-    "is correct or incorrect."
-)
-TABLE_1 = [  # paper.md; where the debater's side is in the wording, A stands for correct and B for incorrect
-    (0, 1, f"{INTRODUCTION} Construct your argument for why the answer is correct."),
-    (
-        1,
-        0,
-        f"{INTRODUCTION} Construct your argument for why the answer is incorrect and list out flaws in your opponent's "
-        "argument.",
-    ),
-    (2, 1, f"{INTRODUCTION} Construct the counterargument to opponent's argument."),
-]
-TABLE_3 = (
-    "There is a science knowledge question, followed by an answer. Construct your argument for why the answer is {}."
+SHOWN = "There is a science knowledge question, followed by an answer."
+INTRODUCTION = f"{SHOWN} Debate with another opponent for whether the answer is correct or incorrect."
+ASKED = (  # by turn in Table 1 of paper.md; in Table 3 the first in all turns
+    "Construct your argument for why the answer is {}.",
+    "Construct your argument for why the answer is {} and list out flaws in your opponent's argument.",
+    "Construct the counterargument to opponent's argument.",
 )
 
 
-def test_debate_prompts_are_those_of_table_1():
-    for turn, side, wording in TABLE_1:
-        assert debate_prompt("sciq", "debate", turn, side) == wording
-    assert debate_prompt("sciq", "debate", 0, 0) == TABLE_1[0][2].replace("is correct.", "is incorrect.")
-
-
-@pytest.mark.parametrize("protocol", ["consultancy", "market_making", "independent"])
-def test_prompts_of_the_alternatives_are_those_of_table_3(protocol):
-    for turn in range(4):
-        assert debate_prompt("sciq", protocol, turn, 0) == TABLE_3.format("incorrect")
-        assert debate_prompt("sciq", protocol, turn, 1) == TABLE_3.format("correct")
+@pytest.mark.parametrize("protocol", debate.PROTOCOLS)
+def test_prompts_are_those_of_tables_1_and_3(protocol):
+    opening, asked = (INTRODUCTION, (*ASKED, ASKED[2])) if protocol == "debate" else (SHOWN, ASKED[:1] * 4)
+    for turn, words in enumerate(asked):
+        for side, name in enumerate(("incorrect", "correct")):
+            assert debate_prompt("sciq", protocol, turn, side) == f"{opening} {words.format(name)}"
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -120,18 +105,10 @@ def test_transcripts_hold_what_they_should(six_turns, samples):
     assert min(lengths) == 1 and max(lengths) == 6 and 20 < lengths.count(6) < 200
 
 
-def test_seeds_give_different_transcripts_and_the_same_sides(three_turns):
+@pytest.mark.parametrize("seeds, chunk", [((0, 1), 1), ((1,), 7), ((2, 0), 64)])
+def test_neither_the_batch_nor_the_other_seeds_matter(debater, samples, three_turns, tmp_path, seeds, chunk):
+    assert transcripts(debater, samples, tmp_path, seeds, chunk=chunk) == {k: three_turns[k] for k in seeds}
     assert len(set(three_turns.values())) == 3
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_the_batch_does_not_matter(debater, samples, three_turns, tmp_path, chunk):
-    assert transcripts(debater, samples, tmp_path, seeds=(0, 1), chunk=chunk) == {k: three_turns[k] for k in (0, 1)}
-
-
-def test_seeds_run_apart_give_what_they_give_together(debater, samples, three_turns, tmp_path):
-    for k in (2, 0):
-        assert transcripts(debater, samples, tmp_path, seeds=(k,)) == {k: three_turns[k]}
 
 
 def test_the_order_of_the_samples_does_not_matter(debater, samples, three_turns, tmp_path):
@@ -174,21 +151,12 @@ def test_a_killed_run_continues_to_the_same_bytes(debater, samples, six_turns, t
     part.write_bytes(text[:-15])  # in the middle of the last line of the third of five chunks
     before, asked, kill_at = asked, [], None
     assert transcripts(debater, samples, tmp_path, seeds=(0, 1), turns=6, chunk=8) == six_turns[0]
-    assert [i for chunk in before for i in chunk] == [
-        s["id"] for c in list(debate.chunks(samples, lambda _: 8))[:3] for s in c
-    ]
+    assert before == [[s["id"] for s in c] for c in debate.chunks(samples, lambda _: 8)][:3]
     assert asked[0] == before[2] and len(asked) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed0.jsonl", "seed1.jsonl"]
 
 
-def test_finished_transcripts_need_no_model(debater, samples, three_turns, tmp_path):
-    transcripts(debater, samples, tmp_path)
-    files = {0: tmp_path / "seed0.jsonl"}
-    cost = make_transcripts(lambda: pytest.fail("the model was loaded"), "sciq", "debate", samples, files, 3)
-    assert cost["new_tokens"] == cost["turns"] == 0
-
-
-def test_the_cost_is_counted(debater, samples, tmp_path):
+def test_the_cost_is_counted_and_finished_transcripts_need_no_model(debater, samples, tmp_path):
     files = {k: tmp_path / f"seed{k}.jsonl" for k in (0, 1)}
     cost = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 2)
     assert cost["turns"] == 9 * 2 * 2
@@ -196,6 +164,8 @@ def test_the_cost_is_counted(debater, samples, tmp_path):
     more = make_transcripts(lambda: debater, "sciq", "debate", samples[:9], files, 3)
     assert more["turns"] == 9 * 2
     assert more["new_tokens"] == sum(r["n_tokens"][2] for path in files.values() for r in read_jsonl(path))
+    none = make_transcripts(pytest.fail, "sciq", "debate", samples[:9], files, 3)
+    assert none["new_tokens"] == none["turns"] == 0
 
 
 def test_transcripts_of_other_samples_are_refused(debater, samples, tmp_path):
@@ -204,18 +174,11 @@ def test_transcripts_of_other_samples_are_refused(debater, samples, tmp_path):
         transcripts(debater, samples[1:9], tmp_path)
 
 
-ASKED = (
-    "Construct your argument for why the answer is {}.",
-    "Construct your argument for why the answer is {} and list out flaws in your opponent's argument.",
-    "Construct the counterargument to opponent's argument.",
-)
-
-
 def literal_prompt(text: str, protocol: str, said: list[str], side: int, shown: str) -> str:
     """The prompt of the turn after those that are `said`, written out."""
     turn, debating = len(said), protocol == "debate"
     names = ("Consultant", "Consultant") if protocol in ("consultancy", "market_making") else ("Debater A", "Debater B")
-    opening = INTRODUCTION if debating else TABLE_3.split(" Construct")[0]
+    opening = INTRODUCTION if debating else SHOWN
     before = "".join(f"{names[t % 2]}: {words}\n" for t, words in enumerate(said) if protocol != "independent")
     asked = ASKED[min(turn, 2) if debating else 0].format(("incorrect", "correct")[side])
     return shown.format(f"{opening}\n\n{text}\n\n{before}{asked}") + f"{names[turn % 2]}:"
@@ -246,16 +209,19 @@ def naive_transcript(debater, sample_row, protocol, seed, turns, sides=None, sho
     return row
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
-def test_the_cache_changes_nothing(family, tiny_model, samples):
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
+COMBINED = [*((family, "debate") for family in FAMILIES), ("llama", "consultancy"), ("llama", "independent")]
+
+
+@pytest.mark.parametrize("family, protocol", COMBINED)
+def test_the_cache_changes_nothing(family, protocol, tiny_model, samples):
     debater = make_debater(tiny_model(family))
     batch = samples[2:8]  # of several lengths
-    got = run_protocol(debater, "sciq", "debate", batch, [4, 5], 4)
+    got = run_protocol(debater, "sciq", protocol, batch, [4, 5], 4)
     assert len({n for rows in got for r in rows for n in r["n_tokens"]}) > 2  # rows left the batch at several places
-    for k, seed in enumerate((4, 5)):
-        assert got[k] == [naive_transcript(debater, s, "debate", seed, 4) for s in batch]
-    begun = run_protocol(debater, "sciq", "debate", batch, [4, 5], 2)
-    assert run_protocol(debater, "sciq", "debate", batch, [4, 5], 4, begun) == got
+    assert got == [[naive_transcript(debater, s, protocol, seed, 4) for s in batch] for seed in (4, 5)]
+    begun = run_protocol(debater, "sciq", protocol, batch, [4, 5], 2)
+    assert run_protocol(debater, "sciq", protocol, batch, [4, 5], 4, begun) == got
 
 
 def test_zero_shot_is_the_likelihood_of_the_two_sides_about_its_median(debater, samples, monkeypatch):
@@ -267,17 +233,14 @@ def test_zero_shot_is_the_likelihood_of_the_two_sides_about_its_median(debater, 
         for side in ("incorrect", "correct"):
             word = debater.tokens(f" {side}")
             with torch.no_grad():
-                logits = (
-                    debater.model(input_ids=torch.tensor([prompt + word]), use_cache=False).logits[0].log_softmax(-1)
-                )
-            log_p.append(sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(word)))
+                logits = debater.model(torch.tensor([prompt + word]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            log_p.append(logits.log_softmax(-1)[range(len(word)), word].sum().item())
         odds.append(log_p[1] - log_p[0])
     wanted = [1 / (1 + math.exp(sorted(odds)[2] - x)) for x in odds]
     got = debate.zero_shot(debater, "sciq", batch)
     assert [p[1] for p in got] == pytest.approx(wanted, abs=1e-5) and [sum(p) for p in got] == pytest.approx([1] * 5)
     assert len({round(x, 6) for x in odds}) == 5
-    without = debate.zero_shot(debater, "sciq", samples[:5])
-    assert without != got  # the evidence is read
+    assert debate.zero_shot(debater, "sciq", samples[:5]) != got  # the evidence is read
 
 
 def test_debaters_read_the_evidence_before_the_question(debater, samples):
@@ -298,126 +261,68 @@ def test_market_making_argues_against_the_choice(debater, samples):
         assert row == naive_transcript(debater, s, "market_making", 0, 3, sides=[1 - i % 2, 1 - i % 2, i % 2])
 
 
-def test_a_consultant_keeps_its_side(debater, samples):
-    [rows] = run_protocol(debater, "sciq", "consultancy", samples, [0], 3)
-    assert [r["sides"] for r in rows] == [[debate.assign_side(s["id"], 0)] * 3 for s in samples]
-    assert rows[:3] == [naive_transcript(debater, s, "consultancy", 0, 3) for s in samples[:3]]
-
-
-def test_independent_speakers_argue_for_opposite_sides_and_hear_nothing(debater, samples):
-    got = run_protocol(debater, "sciq", "independent", samples[:3], [0, 1], 3)
-    for k in (0, 1):
-        assert got[k] == [naive_transcript(debater, s, "independent", k, 3) for s in samples[:3]]
-    begun = run_protocol(debater, "sciq", "independent", samples[:3], [0, 1], 1)
-    assert run_protocol(debater, "sciq", "independent", samples[:3], [0, 1], 3, begun) == got
-    assert [r["sides"] for r in got[0]] == [[debate.assign_side(s["id"], t) for t in range(3)] for s in samples[:3]]
-
-
 # ---- as a script ----
 
 
 def test_the_script_writes_the_same_transcripts(tiny_model, samples, tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", samples[:9])
     write_jsonl(tmp_path / "weak.jsonl", [{"id": s["id"], "probs": [0.9, 0.1]} for s in samples[:9]])
-    flags = ["--samples", tmp_path / "samples.jsonl", "--strong", tiny_model("llama"), "--max-new-tokens", "6"]
-    flags += ["--temperature", "1", "--seed", "3", "8", "--turns", "2", "--out", tmp_path / "out", "--show", "1"]
-    flags += ["--protocol", "market_making", "--choices", tmp_path / "weak.jsonl"]
-    done = subprocess.run([sys.executable, ROOT / "debate.py", *flags], capture_output=True, text=True, cwd=ROOT)
+    flags = f"--samples samples.jsonl --strong {tiny_model('llama')} --max-new-tokens 6 --temperature 1 --seed 3 8"
+    flags += " --turns 2 --out out --show 1 --protocol market_making --choices weak.jsonl"
+    command = [sys.executable, ROOT / "debate.py", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     debater = Debater(ModelSpec(tiny_model("llama")), SETTINGS)
-    wanted = transcripts(
-        debater,
-        samples[:9],
-        tmp_path,
-        seeds=(3, 8),
-        turns=2,
-        protocol="market_making",
-        choose=lambda s, r: [0] * len(s),
-    )
+    wanted = transcripts(debater, samples[:9], tmp_path, (3, 8), 2, 8, "market_making", lambda s, r: [0] * len(s))
     assert {k: (tmp_path / f"out/seed{k}.jsonl").read_bytes() for k in (3, 8)} == wanted
     assert f"[s0] {samples[0]['text']}" in done.stdout and "Consultant, for «the answer is correct»" in done.stdout
 
 
-def test_the_script_continues_its_own_transcripts_and_no_others(tiny_model, samples, tmp_path, monkeypatch, capsys):
-    def run(*flags: str) -> str:
-        command = ["debate.py", "--strong", tiny_model("llama"), "--samples", f"{tmp_path}/samples.jsonl", *flags]
-        command += ["--max-new-tokens", "3", "--out", f"{tmp_path}/out"]
-        monkeypatch.setattr(sys, "argv", command)
-        common.run_script(debate.main)
-        return capsys.readouterr().out
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Flags -> exit code, stdout and stderr of debate.py on samples.jsonl."""
+    monkeypatch.chdir(tmp_path)
 
+    def debates(flags: str) -> tuple[int, str, str]:
+        return run("debate", *"--samples samples.jsonl --out out".split(), *flags.split()), *capsys.readouterr()
+
+    return debates
+
+
+def test_the_script_continues_its_own_transcripts_and_no_others(tiny_model, samples, script):
     def turns(seed: int) -> int:
-        return len(read_jsonl(tmp_path / f"out/seed{seed}.jsonl")[0]["turns"])
+        return len(read_jsonl(Path(f"out/seed{seed}.jsonl"))[0]["turns"])
 
-    write_jsonl(tmp_path / "samples.jsonl", samples[:3])
-    run("--turns", "1")
-    run("--turns", "2", "--seed", "0", "1")
+    write_jsonl(Path("samples.jsonl"), samples[:3])
+    same = f"--max-new-tokens 3 --strong {tiny_model('llama')}"
+    script(f"{same} --turns 1")
+    script(f"{same} --turns 2 --seed 0 1")
     assert (turns(0), turns(1)) == (2, 2)
-    assert "nothing to do" in run("--turns", "2", "--seed", "1")
-    for flags in (["--strong", tiny_model("qwen2")], ["--protocol", "consultancy"], ["--temperature", "0.9"]):
-        with pytest.raises(SystemExit) as end:
-            run("--turns", "2", *flags)
-        message = capsys.readouterr().err
-        assert end.value.code == 2 and "holds something else" in message and message.count("\n") == 1
-    write_jsonl(tmp_path / "samples.jsonl", samples[:4])
-    with pytest.raises(SystemExit):
-        run("--turns", "2")
-    assert "inputs.samples" in capsys.readouterr().err and turns(0) == 2
+    assert "nothing to do" in script(f"{same} --turns 2 --seed 1")[1]
+    for other in (f"--strong {tiny_model('qwen2')}", "--protocol consultancy", "--temperature 0.9"):
+        code, _, told = script(f"{same} --turns 2 {other}")
+        assert code == 2 and "holds something else" in told and told.count("\n") == 1
+    write_jsonl(Path("samples.jsonl"), samples[:4])
+    code, _, told = script(f"{same} --turns 2")
+    assert code == 2 and "inputs.samples" in told and turns(0) == 2
 
 
-@pytest.mark.parametrize(
-    "flags, told",
-    [
-        (["--task", "chess"], ["chess", "sciq", "boolq"]),
-        (["--protocol", "duel"], ["duel", "consultancy"]),
-        (["--turns", "0"], ["--turns", "0"]),
-        (["--top-p", "1.5"], ["--top-p", "1.5"]),
-        (["--temperature", "-1"], ["--temperature", "-1"]),
-        (["--samples", "nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["--protocol", "market_making"], ["market_making", "--choices"]),
-        (["--seeds", "1"], ["--seeds"]),
-    ],
-)
-def test_bad_flags_end_in_one_line(flags, told, tmp_path, samples, monkeypatch, capsys):
-    write_jsonl(tmp_path / "samples.jsonl", samples)
-    assert_refused(["--samples", f"{tmp_path}/samples.jsonl", *flags], told, tmp_path, monkeypatch, capsys)
+NO_CHOICES = ([], [{"id": "s0", "label": 1}], [{"probs": [0.5, 0.5]}], [{"id": "s1", "probs": [0.5, 0.5]}])
+REFUSED = [  # flags, words of the line, rows of weak.jsonl; more in test_bad_input.py
+    ("--task chess", ["chess", "sciq", "boolq"], []),
+    ("--protocol duel", ["duel", "consultancy"], []),
+    ("--top-p 1.5", ["--top-p 1.5"], []),
+    ("--temperature -1", ["--temperature -1"], []),
+    ("--protocol market_making", ["market_making", "--choices"], []),
+    ("--seeds 1", ["--seeds"], []),
+    *(("--protocol market_making --choices weak.jsonl", ["weak.jsonl"], rows) for rows in NO_CHOICES),
+]
 
 
-def assert_refused(flags, told, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["debate.py", "--strong", "random-large", "--out", f"{tmp_path}/out", *flags])
+@pytest.mark.parametrize("flags, told, weak", REFUSED)
+def test_bad_input_ends_in_one_line_before_a_model_is_loaded(flags, told, weak, samples, script, monkeypatch):
+    write_jsonl(Path("samples.jsonl"), samples[:1])
+    write_jsonl(Path("weak.jsonl"), weak)
     monkeypatch.setitem(ENGINES, "replicated", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(SystemExit) as end:
-        common.run_script(debate.main)
-    message = capsys.readouterr().err
-    assert (end.value.code, message.count("\n")) == (2, 1)
-    assert all(word in message for word in told)
-    assert not (tmp_path / "out").exists()
-
-
-BAD_SAMPLES = {
-    "no text": [{"id": "a"}],
-    "no id": [{"text": "a"}],
-    "one id twice": [{"id": "a", "text": "a"}] * 2,
-    "no rows": [],
-}
-
-
-@pytest.mark.parametrize("kind", BAD_SAMPLES)
-def test_bad_samples_are_named_before_a_model_is_loaded(kind, tmp_path, monkeypatch, capsys):
-    write_jsonl(tmp_path / "samples.jsonl", BAD_SAMPLES[kind])
-    assert_refused(["--samples", f"{tmp_path}/samples.jsonl"], ["samples.jsonl"], tmp_path, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize("rows", [[], [{"id": "s0", "label": 1}], [{"probs": [0.5, 0.5]}]])
-def test_choices_must_cover_the_samples(rows, tmp_path, samples, monkeypatch, capsys):
-    write_jsonl(tmp_path / "samples.jsonl", samples[:1])
-    write_jsonl(tmp_path / "weak.jsonl", rows)
-    flags = [
-        "--samples",
-        f"{tmp_path}/samples.jsonl",
-        "--protocol",
-        "market_making",
-        "--choices",
-        f"{tmp_path}/weak.jsonl",
-    ]
-    assert_refused(flags, ["weak.jsonl"], tmp_path, monkeypatch, capsys)
+    code, _, line = script(f"--strong random-large {flags}")
+    assert (code, line.count("\n")) == (2, 1) and all(word in line for word in told) and not Path("out").exists()

@@ -99,13 +99,11 @@ def test_the_order_and_what_ran_before_do_not_matter(smoke, tmp_path, data):
 
 
 def torchrun(*arguments: object, ranks: int = 1, node: int = 0, nodes: int = 1, port: int = 0) -> subprocess.Popen:
-    launch = ["--nproc-per-node", ranks, "--nnodes", nodes, "--node-rank", node, "--master-addr", "127.0.0.1"]
-    launch += ["--master-port", port or free_port()]
-    return subprocess.Popen(
-        list(map(str, [sys.executable, "-m", "torch.distributed.run", *launch, *arguments])),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    launch = f"-m torch.distributed.run --nproc-per-node {ranks} --nnodes {nodes} --node-rank {node}"
+    launch += f" --master-addr 127.0.0.1 --master-port {port or free_port()}"
+    command = [sys.executable, *launch.split(), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +113,12 @@ def finetunings(tiny_model, tmp_path_factory):
     rows = [{"id": f"s{i}", "text": f"Q: {'why ' * (i % 7)}{i * 37 % 101} A: {i}"} for i in range(21)]
     labels = [i * 29 % 31 / 31 for i in range(21)]
     write_jsonl(folder / "rows.jsonl", [r | {"probs": [p, 1 - p]} for r, p in zip(rows, labels, strict=True)])
-    files = ["--train", folder / "rows.jsonl", "--test", folder / "rows.jsonl"]
-    sizes = [
-        "--lr",
-        1e-4,
-        "--batch-size",
-        6,
-        "--max-tokens-per-forward",
-        64,
-        "--epochs",
-        2,
-    ]  # the last batch has 3 samples
-    flags = ["--model", tiny_model("qwen2"), "--dtype", "float32", *files, *sizes]
+    flags = f"--train {folder}/rows.jsonl --test {folder}/rows.jsonl --model {tiny_model('qwen2')} --dtype float32"
+    flags += " --lr 1e-4 --batch-size 6 --max-tokens-per-forward 64 --epochs 2"  # the last batch has 3 samples
 
     def commands(out: Path) -> list[list]:
         runs = zip((*LOSSES, LOSSES[-1]), (*LOSSES, "again"), strict=True)
-        return [["train", *map(str, flags), "--loss", loss, "--out", f"{out}/{name}"] for loss, name in runs]
+        return [["train", *flags.split(), "--loss", loss, "--out", f"{out}/{name}"] for loss, name in runs]
 
     finish(start(1, call, *commands(folder)))
     return commands, folder

@@ -3,6 +3,7 @@
 import ast
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,7 @@ from steps import Held
 from w2s import APART, Config, Experiment
 
 METHODS = ("finetune", "finetune_aux", "ours", "market_making", "no_argument", "evidence")
-PRODUCT = [p for p in ROOT.glob("*.py")] + [
-    p for d in ("data", "kernels", "bench", "report") for p in ROOT.glob(f"{d}/*.py")
-]
+PRODUCT = [p for folder in (".", "data", "kernels", "bench", "report") for p in (ROOT / folder).glob("*.py")]
 
 
 def experiment(out: Path) -> Experiment:
@@ -74,14 +73,8 @@ def mutated(text: str, name: str) -> str:
 
 
 DEBATES = {"debate", "market_making"}
-TRAINED = {
-    "student",
-    "student aux",
-    "sides",
-    "passage",
-    "reader",
-    "market_making",
-}  # market-making asks a trained judge
+TRAINED = {"student", "student aux", "sides", "passage", "reader"}
+RUNS_A_MODEL = TRAINED | {"market_making"}  # which asks a trained judge
 BY_FUNCTION = {  # written by hand, from the paper's steps
     "data/prepare.py split_in_half": {"data"},
     "data/prepare.py sciq": {"data"},
@@ -92,13 +85,13 @@ BY_FUNCTION = {  # written by hand, from the paper's steps
     "debate.py zero_shot": {"zero-shot"},
     "debate.py run_protocol": DEBATES,
     "generate.py sample": {*DEBATES, "zero-shot"},
-    "train.py lr_at": TRAINED - {"market_making"},
-    "train.py batches": TRAINED - {"market_making"},
+    "train.py lr_at": TRAINED,
+    "train.py batches": TRAINED,
     "train.py logconf": {"student aux"},
     "train.py product": set(),
     "kernels/conf_loss.py quantile": {"student aux"},
-    "kernels/conf_loss.py select_quantile": TRAINED - {"market_making"},
-    "model.py packed_attention": TRAINED,
+    "kernels/conf_loss.py select_quantile": TRAINED,
+    "model.py packed_attention": RUNS_A_MODEL,
     "steps.py average_labels": {"labels"},
     "steps.py read_sides": {"sides"},
     "steps.py read_transcript": {"reader"},
@@ -120,16 +113,12 @@ def test_what_changes_no_result_makes_nothing_stale(edited):
     assert edited("train.py", '    """Cosine from the peak', '    """A cosine from the peak') == set()
     assert edited("train.py", "    return peak * 0.5", "    # half a cosine\n\n    return (peak) * 0.5") == set()
     assert edited("train.py", text, "# a comment\n" + text) == set()
-    assert (
-        edited(
-            "train.py", "    compile: bool =", '    new: float = flag(1.0, "a new field", float)\n    compile: bool ='
-        )
-        == set()
-    )
+    new_field = '    new: float = flag(1.0, "a new field", float)\n'
+    assert edited("train.py", "    compile: bool =", f"{new_field}    compile: bool =") == set()
     raised = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Raise))
     error = ast.get_source_segment(text, raised)
     assert edited("train.py", error, 'raise InputError("another text")') == set()
-    assert edited("train.py", "    return peak * 0.5", "    return peak * 0.6") == TRAINED - {"market_making"}
+    assert edited("train.py", "    return peak * 0.5", "    return peak * 0.6") == TRAINED
 
 
 def test_all_that_runs_is_in_the_code_of_the_stage(tmp_path):
@@ -143,10 +132,8 @@ def test_all_that_runs_is_in_the_code_of_the_stage(tmp_path):
 
     def note(frame, event, argument):
         if event == "call" and (name := name_of(frame)):
-            callers = [name]
-            while frame := frame.f_back:
-                callers.append(name_of(frame).rsplit(".")[-1])
-            if not {c.rsplit(".")[-1] for c in callers} & set(APART):
+            callers = {name_of(f).rpartition(".")[2] for f, _ in traceback.walk_stack(frame)}
+            if not callers & set(APART):
                 ran.add(name)
 
     held = Held()

@@ -9,12 +9,12 @@ import pytest
 from conftest import run
 from statsmodels.stats.multitest import multipletests
 
-import w2s
 from common import InputError, read_jsonl, write_jsonl, write_text
 from report import page, stats, tables
 from report.figures import points_of
 from report.rows import Report, Reported, collect, result_row
 from stages import Stage
+from w2s import LABELS, METHODS, SHOWN
 
 NASTY = {
     "script": "<script>window.acted = 1</script>", "image": '<img src=x onerror="window.acted = 1">',
@@ -25,8 +25,6 @@ NASTY = {
 ACCURACY = {
     "weak_floor": 0.55, "strong_ceiling": 0.95, "zero_shot_evidence": 0.5, "finetune": 0.6, "ours": 0.85, "naive_ensemble": 0.65, "ensemble_3": 0.8,
 }  # fmt: skip
-LABELS = w2s.REFERENCE_RUNS | w2s.ZERO_SHOT | {n: m.label for n, m in w2s.METHODS.items()}
-SHOWN = {n: m.shown for n, m in w2s.METHODS.items()}
 
 
 def write_predictions(file, p_one) -> None:
@@ -36,15 +34,8 @@ def write_predictions(file, p_one) -> None:
 def finished(folder, seconds: float = 1.0) -> Stage:
     """A stage that counts as done in `folder`."""
     config = {"loss": "xent", "name": folder.name}
-    manifest = {
-        "config": config,
-        "inputs": {},
-        "commit": "abc",
-        "device": "cpu",
-        "seconds": seconds,
-        "train_tokens": 4000,
-    }
-    write_text(folder / "manifest.json", json.dumps(manifest))
+    made = {"commit": "abc", "device": "cpu", "seconds": seconds, "train_tokens": 4000}
+    write_text(folder / "manifest.json", json.dumps({"config": config, "inputs": {}} | made))
     return Stage(folder, config, {}, lambda out: {})
 
 
@@ -77,18 +68,15 @@ def fake_runs(out, n: int = 40, seeds=(0, 1), texts=("What is it?",), debate_see
             {"id": f"s{i}", "sides": [1, 0, 1, 0], "turns": [t, t[::-1], "third", "fourth"], "n_tokens": [len(t), 3, 1, 1]}
             for i, t in enumerate(turns)
         ])  # fmt: skip
-    made = {
-        "turns": 8 * n * len(debate_seeds),
-        "tokens": {str(k): [100, 10, 1, 9] for k in debate_seeds},
-        "seconds": 8.0,
-    }
+    tokens = {str(k): [100, 10, 1, 9] for k in debate_seeds}
+    made = {"turns": 8 * n * len(debate_seeds), "tokens": tokens, "seconds": 8.0}
     write_text(task / "transcripts/debate/manifest.json", json.dumps(made))
     runs = []
     for seed in seeds:
         judges = {(k, 0): run(f"weak-debate-d{k}-t3-f0-s{seed}", 0.65, 3.0) for k in debate_seeds}
         for k, (method, accuracy) in enumerate(ACCURACY.items()):
             runs.append(Reported("sciq", method, seed, run(f"{method}-s{seed}", accuracy, 10.5 + k)))
-            if method in w2s.METHODS:
+            if method in METHODS:
                 labels = task / f"weak_labels/{method}/seed{seed}"
                 predictions(labels / "train_b.jsonl", 0.65)
                 runs[-1] = Reported(*runs[-1][:4], labels, "debate", 3, judges, ("incorrect", "correct"))
@@ -109,14 +97,12 @@ def small(tmp_path_factory):
 
 def correct_answers(out) -> dict[str, np.ndarray]:
     """Method -> [S, N], from the predictions."""
-    gold = {r["id"]: r["label"] for r in read_jsonl(out / "sciq/data/test.jsonl")}
-    return {
-        m: np.array([
-            [(r["probs"][1] > 0.5) == gold[r["id"]] for r in read_jsonl(out / f"sciq/predictions/{m}-s{seed}/test.jsonl")]
-            for seed in (0, 1)
-        ])
-        for m in ACCURACY
-    }  # fmt: skip
+    gold = np.array([r["label"] for r in read_jsonl(out / "sciq/data/test.jsonl")])
+
+    def answers(run: str) -> np.ndarray:
+        return np.array([r["probs"][1] > 0.5 for r in read_jsonl(out / f"sciq/predictions/{run}/test.jsonl")])
+
+    return {m: np.stack([answers(f"{m}-s{seed}") == gold for seed in (0, 1)]) for m in ACCURACY}
 
 
 def test_every_number_is_found_again_from_the_rows_it_names(small):
@@ -133,10 +119,8 @@ def test_every_number_is_found_again_from_the_rows_it_names(small):
     correct = correct_answers(out)
     cell, want = report.summary["sciq"]["ours"], stats.cells(correct)["ours"]
     assert {k: cell[k] for k in want} == want and cell["pgr"] is not None
-    mean, tested = (
-        {m: c.mean() for m, c in correct.items()},
-        [m for m in ACCURACY if m not in {*stats.REFERENCES, "finetune"}],
-    )
+    mean = {m: c.mean() for m, c in correct.items()}
+    tested = [m for m in ACCURACY if m not in {*stats.REFERENCES, "finetune"}]
     ps = [stats.sign_flip_p(correct[m].sum(0) - correct["finetune"].sum(0)) for m in tested]
     p_holm = dict(zip(tested, multipletests(ps, method="holm")[1], strict=True))
     gap = mean["strong_ceiling"] - mean["weak_floor"]
@@ -175,15 +159,15 @@ def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
         "weak_label_accuracy": 0.5, "weak_label_frac_pred_1": 0.5, "error_inheritance": 1.0, "correction": 0.0, "new_errors": 0.5,
     }  # fmt: skip
     assert {k: row[k] for k in wanted} == pytest.approx(wanted)
+    assert row["predictions"] == "sciq/predictions/x/test.jsonl"
 
 
 def test_what_debates_did_is_counted_right(small):
     out, report, _ = small
     row = report.debates[0]
     gold = np.array([r["label"] for r in read_jsonl(out / "sciq/data/train_b.gold.jsonl")])
-    before, after = (
-        np.array([p["probs"][1] > 0.5 for p in read_jsonl(out / row[n])]) for n in ("before", "predictions")
-    )
+    rows = (read_jsonl(out / row[name]) for name in ("before", "predictions"))
+    before, after = (np.array([r["probs"][1] > 0.5 for r in of]) for of in rows)
     right, changed = after == gold, after != before
     wanted = {
         "judge_accuracy": right, "first_speaker_wins": after, "changed": changed, "to_right": changed & right,  # side 1 begins
@@ -247,11 +231,8 @@ def test_the_page_holds_so_many_debates_and_links_the_rest(tmp_path):
     assert 0 < page.build(report, tmp_path, max_bytes=7000).count('<details class="debate"') < 31
 
 
-@pytest.mark.parametrize(
-    "text, shown", [("a\x00b", "a␀b"), ("\x1b[0m\x7f", "␛[0m␡"), ("a\nb\tc", "a\nb\tc"), ("x\ud800y", "x?y")]
-)
-def test_control_characters_are_shown(text, shown):
-    assert page.visible(text) == shown
+def test_control_characters_are_shown():
+    assert page.visible("a\x00b \x1b[0m\x7f a\nb\tc x\ud800y") == "a␀b ␛[0m␡ a\nb\tc x?y"
 
 
 def test_a_row_that_is_a_point_too_makes_no_figure_alone(small):
@@ -265,16 +246,10 @@ def test_a_row_that_is_a_point_too_makes_no_figure_alone(small):
 
 def test_the_verdict_is_what_the_interval_says():
     def cells(low, high, pgr=None):
-        ours = {
-            "diff_vs_finetune": (low + high) / 2,
-            "diff_vs_finetune_ci": (low, high),
-            "seeds": 2,
-            "n": 99,
-            "rows": ["a"],
-        }
+        ours = {"diff_vs_finetune": (low + high) / 2, "diff_vs_finetune_ci": (low, high), "seeds": 2, "n": 99}
+        ours |= {"pgr": pgr, "pgr_ci": (0.2, 0.8), "rows": ["a"]}
         ceiling = {"gap": 0.02, "gap_ci": (-0.01, 0.05), "rows": ["c"]}
-        others = dict.fromkeys(("finetune", "weak_floor"), {"rows": ["b"]})
-        return {"ours": ours | {"pgr": pgr, "pgr_ci": (0.2, 0.8)}, "strong_ceiling": ceiling, **others}
+        return {"ours": ours, "strong_ceiling": ceiling} | dict.fromkeys(("finetune", "weak_floor"), {"rows": ["b"]})
 
     summary = {"a": cells(0.01, 0.11, 0.5), "b": cells(-0.01, 0.1), "c": cells(-0.2, -0.1), "d": {"finetune": {}}}
     a, b, c, d = (tables.joined(tables.verdict(*of)) for of in summary.items())
@@ -311,12 +286,17 @@ def opened(browser, path, width: int = 1440, scheme: str = "light", fragment: st
     return tab, wrong
 
 
+def unfold(tab) -> int:
+    """Open all that is folded; returns the page's width."""
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    return tab.evaluate("document.documentElement.scrollWidth")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_nothing_is_cut_off_and_a_number_leads_to_its_row(browser, small, width, scheme):
     tab, wrong = opened(browser, small[0] / "report.html", width, scheme)
-    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert unfold(tab) == width
     cut = """[...document.querySelectorAll('svg text, .said, p, h1, h2, h3, select')].filter(e => {
         const r = e.getBoundingClientRect(), room = (e.ownerSVGElement ?? document.documentElement).getBoundingClientRect();
         return r.width && (r.left < room.left - 1 || r.right > room.right + 1)}).map(e => e.textContent)"""
@@ -334,13 +314,13 @@ def test_nasty_texts_are_shown_and_do_nothing(browser, tmp_path):
     report = fake_report(tmp_path, n=len(NASTY), texts=list(NASTY.values()), debate_seeds=(0,), seeds=(0,))
     (tmp_path / "report.html").write_text(page.build(report, tmp_path), encoding="utf-8")
     tab, wrong = opened(browser, tmp_path / "report.html", 390)
-    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert unfold(tab) == 390
     shown = tab.eval_on_selector_all(".said", "all => all.map(e => e.textContent)")
     assert len(shown) == 4 * len(NASTY)  # a question and three turns
     for text in NASTY.values():
         assert page.visible(text) in shown and page.visible(text[::-1]) in shown
-    assert tab.evaluate("window.acted") is None and tab.locator("h1").count() == 1 and tab.locator("img").count() == 0
-    assert tab.evaluate("document.documentElement.scrollWidth") == 390 and not wrong
+    assert tab.evaluate("window.acted") is None and not wrong
+    assert tab.locator("h1").count() == 1 and tab.locator("img").count() == 0
 
 
 def test_five_thousand_debates_are_filtered(browser, tmp_path):

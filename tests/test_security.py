@@ -1,6 +1,5 @@
 """No file, model or text of others runs as code or leads out of its folder, and no right is taken for granted."""
 
-import ast
 import os
 import re
 import subprocess
@@ -14,8 +13,6 @@ from test_bad_input import DEBATE, FLAGS, GOOD, TRAIN, W2S
 import common
 from common import read_jsonl, write_jsonl
 
-# ---- security ----
-
 
 def sources() -> list[Path]:
     found = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "out"} & set(p.relative_to(ROOT).parts)]
@@ -23,26 +20,18 @@ def sources() -> list[Path]:
     return found
 
 
-def forbidden(source: str) -> list[str]:
-    """Calls that run text or data as code, and flags that let others' code run."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {a.name.split(".")[0] for a in node.names} | {(getattr(node, "module", None) or "").split(".")[0]}
-            found += names & {"pickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name in ("eval", "exec", "os.system", "os.popen", "torch.load", "np.load", "__import__"):
-                found.append(name)
-            flags = [k for k in node.keywords if k.arg in ("shell", "trust_remote_code", "allow_pickle")]
-            found += [f"{name}({ast.unparse(k)})" for k in flags if ast.unparse(k.value) != "False"]
-    return found
+FORBIDDEN = re.compile(  # what runs text or data as code, and flags that let others' code run
+    r"^ *(?:import|from) .*\b(?:pickle|dill|marshal|shelve|cloudpickle|joblib)\b"
+    r"|(?<![\w.])(?:eval|exec|__import__|os\.system|os\.popen|torch\.load|np\.load)\("
+    r"|\b(?:shell|trust_remote_code|allow_pickle)=(?!False\b)",
+    re.MULTILINE,
+)
 
 
 def test_no_source_runs_text_or_data_as_code():
     bad = "import pickle\neval(x)\nos.system(x)\nf(shell=True)\nf(trust_remote_code=True)\nf(trust_remote_code=False)"
-    assert set(forbidden(bad)) == {"eval", "f(shell=True)", "f(trust_remote_code=True)", "os.system", "pickle"}
-    assert [(p.name, found) for p in sources() if (found := forbidden(p.read_text()))] == []
+    assert FORBIDDEN.findall(bad) == ["import pickle", "eval(", "os.system(", "shell=", "trust_remote_code="]
+    assert [(p.name, found) for p in sources() for found in FORBIDDEN.findall(p.read_text())] == []
 
 
 def test_whatever_loads_from_a_model_says_no_to_its_code():

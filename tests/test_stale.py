@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from conftest import METHODS, SMOKE, record, run
@@ -19,49 +20,29 @@ WEAK = {"floor", *READERS}
 STRONG = {"ceiling", *(f"student of {judge}" for judge in WEAK)}
 TRAINED = WEAK | STRONG
 
-# Written by hand, from the paper's steps: what reads a field, and what a kind of stage is made from.
-READ_BY = {
-    "--lr 0.5": TRAINED,  # the weak model follows
-    "--lr 0.5 --weak-lr 0.003": STRONG,  # the weak model keeps the preset's
-    "--weak-lr 0.5": WEAK,
-    "--epochs 3": TRAINED,
-    "--batch-size 3": TRAINED,
-    "--aux-warmup linear": TRAINED,
-    "--lora-rank 4": TRAINED,
-    "--lora-alpha 8": TRAINED,
-    "--checkpointing": set(),
-    "--dtype bfloat16": DEBATES | TRAINED | ZERO_SHOT,
-    "--max-tokens-per-forward 99": set(),
-    "--cache-tokens 99": set(),
-    "--weak-gpus 1": set(),
-    "--strong-gpus 1": set(),
-    "--transcript last": {*READERS, "market_making"},
-    "--temperature 0.3": DEBATES,
-    "--top-p 0.5": DEBATES,
-    "--max-new-tokens 7": DEBATES,
-    "--limit-train 10": {"data"},
-    "--limit-test 5": {"data"},
-    "--max-sample-tokens 99": {"data"},
-    "--weak random-small:1": WEAK | {"zero-shot-weak"},  # a cut copy has the same tokenizer
-    "--strong random-large:1": DEBATES | STRONG | {"zero-shot-strong"},
-    "--seeds 0 2": set(),  # more stages, none stale
-    "--methods finetune finetune_pro ours": set(),
-    "--head-lr 0.5": set(),
-}
-MADE_FROM = {
+# Written by hand, from the paper's steps: what reads which fields, and what a kind of stage is made from.
+READERS_OF = [
+    (TRAINED, "--lr 0.5", "--epochs 3", "--batch-size 3", "--aux-warmup linear", "--lora-rank 4", "--lora-alpha 8"),
+    (STRONG, "--lr 0.5 --weak-lr 0.003"),  # the weak model follows --lr, but for this
+    (WEAK, "--weak-lr 0.5"),
+    (DEBATES | TRAINED | ZERO_SHOT, "--dtype bfloat16"),
+    ({*READERS, "market_making"}, "--transcript last"),
+    (DEBATES, "--temperature 0.3", "--top-p 0.5", "--max-new-tokens 7"),
+    ({"data"}, "--limit-train 10", "--limit-test 5", "--max-sample-tokens 99"),
+    (WEAK | {"zero-shot-weak"}, "--weak random-small:1"),  # a cut copy has the same tokenizer
+    (DEBATES | STRONG | {"zero-shot-strong"}, "--strong random-large:1"),
+    (set(), "--checkpointing", "--max-tokens-per-forward 99", "--cache-tokens 99", "--weak-gpus 1", "--strong-gpus 1"),
+    (set(), "--seeds 0 2", "--methods finetune finetune_pro ours", "--head-lr 0.5"),  # more stages, none stale
+]
+READ_BY = {flags: kinds for kinds, *changes in READERS_OF for flags in changes}
+MADE_FROM = {  # in an order that can run
     "data": set(),
-    "floor": {"data"},
-    "debate": {"data"},
+    **dict.fromkeys(("floor", "debate", "independent", "sides judge", "ceiling", *sorted(ZERO_SHOT)), {"data"}),
     "market_making": {"data", "floor"},
-    "independent": {"data"},
     "debate judge": {"data", "debate"},
     "market judge": {"data", "market_making"},
     "deaf judge": {"data", "independent"},
     "placebo judge": {"data", "debate"},
-    "sides judge": {"data"},
-    "ceiling": {"data"},
-    "zero-shot-weak": {"data"},
-    "zero-shot-strong": {"data"},
     **{f"labels of {judge}": {judge} for judge in WEAK},
     **{f"student of {judge}": {"data", f"labels of {judge}"} for judge in WEAK},
 }
@@ -107,10 +88,10 @@ def test_exactly_what_is_made_from_a_stage_is_stale_when_that_changes(kind, copi
 
 def test_a_run_makes_again_what_a_change_reaches_down_to_the_end(copied, status, capsys):
     wanted = set(READ_BY["--transcript last"])
-    for kind in MADE_FROM:  # in an order that can run
+    for kind in MADE_FROM:
         wanted |= {kind} if MADE_FROM[kind] & wanted else set()
     assert run("w2s", *SMOKE, copied, "--transcript", "last") == 0
-    made = {line.split()[1].rstrip(":") for line in capsys.readouterr().out.splitlines() if line.startswith("[")}
+    made = set(re.findall(r"^\[.*\] (\S+): ", capsys.readouterr().out, re.MULTILINE))
     rows = status(copied, "--transcript", "last")
     assert made == {stage for stage in rows if kind_of(stage) in wanted}
     assert {row["state"] for row in rows.values()} == {"done"}

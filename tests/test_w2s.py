@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -63,13 +64,11 @@ def test_the_papers_numbers_are_copied_right():
 def test_methods_share_all_that_they_can(status, tmp_path):
     """One folder of debates and one judge per seed, turns and replicate serve every row and point."""
     methods = {name for place in (*ROWS, *POINTS) for name in shown_in(place) if w2s.METHODS[name].reads != "evidence"}
-    names = list(status(tmp_path / "out", "--methods", *methods, "--seeds", 0, 1))
+    names = status(tmp_path / "out", "--methods", *methods, "--seeds", 0, 1).keys()
     protocols = {n for n in names if "/transcripts/" in n}
     assert protocols == {f"sciq/transcripts/{p}" for p in debate.PROTOCOLS}
-    judges = [
-        n for n in names if "/weak-debate-" in n
-    ]  # six debates at three turns, four at others, three more finetunings
-    assert len(names) == len(set(names)) and len(judges) == 2 * (6 + 3 * 4 + 3)
+    judges = [n for n in names if "/weak-debate-" in n]
+    assert len(judges) == 2 * (6 + 3 * 4 + 3)  # six debates at three turns, four at others, three more finetunings
     students = {n for n in names if "/strong-" in n}
     assert students == {f"sciq/predictions/strong-{m}-s{seed}" for m in (*methods, "ceiling") for seed in (0, 1)}
 
@@ -98,22 +97,21 @@ def test_status_tells_what_runs_and_what_is_left(copied, status):
     (student / "started.json").write_text(json.dumps({part: manifest[part] for part in ("config", "inputs", "code")}))
     (student / "manifest.json").unlink()
 
-    def left() -> dict:
+    def left() -> tuple:
         [row] = [row for row in status(copied).values() if row["state"] != "done"]
-        assert row["stage"] == "sciq/predictions/strong-ours-s0"
-        return row
+        return row["stage"], row["state"], row["expected"] > 0
 
-    assert left()["state"] == "missing" and left()["expected"] > 0
+    assert left() == ("sciq/predictions/strong-ours-s0", "missing", True)
     with open(copied / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert left()["state"] == "running"
+        assert left() == ("sciq/predictions/strong-ours-s0", "running", True)
 
 
 def test_a_longer_and_larger_debate_leaves_the_rest_alone(copied, status, capsys):
     before = products(copied)
     added = ("ensemble_5", "turns_4")
     assert run("w2s", *SMOKE, copied, "--methods", *METHODS, *added) == 0
-    made = {line.split()[1].rstrip(":") for line in capsys.readouterr().out.splitlines() if line.startswith("[")}
+    made = set(re.findall(r"^\[.*\] (\S+): ", capsys.readouterr().out, re.MULTILINE))
     wanted = {f"predictions/weak-debate-d{k}-t4-f0-s0" for k in range(4)}
     wanted |= {"transcripts/debate", "predictions/weak-debate-d4-t3-f0-s0"}
     wanted |= {f"weak_labels/{name}/seed0" for name in added} | {f"predictions/strong-{name}-s0" for name in added}
@@ -168,8 +166,6 @@ def test_what_two_tasks_have_in_common_is_computed_once(tmp_path):
 # ---- a task file ----
 
 OWN = [x for x in SMOKE if x not in ("--tasks", "sciq")]
-READS_EVIDENCE = ("transcripts", "evidence.jsonl", "weak-debate", "weak-evidence", "labels/ours", "labels/evidence",
-                  "strong-ours", "strong-evidence", "zero-shot-evidence")  # fmt: skip
 
 
 def own_rows(evidence: str = "it ends in {}") -> list[dict]:
@@ -204,19 +200,6 @@ def test_a_task_file_is_a_task_like_the_others(copied, tmp_path, capsys):
     assert products(copied / "sciq") == before
 
 
-def test_evidence_of_a_task_file_reaches_those_who_debate_and_the_bound_alone(tmp_path):
-    made = []
-    for evidence in ("it ends in {}", "THE LAST OF ITS DIGITS IS {}, AS ALL CAN SEE"):
-        write_jsonl(tmp_path / "own.jsonl", own_rows(evidence))
-        out = tmp_path / f"out {len(made)}"
-        flags = [out, "--task-file", tmp_path / "own.jsonl"]
-        assert run("w2s", *OWN, *flags, "--methods", "finetune", "no_argument", "ours", "evidence") == 0
-        made.append({n: f for n, f in products(out).items() if n.endswith(".jsonl")})
-    assert made[0].keys() == made[1].keys()
-    changed = {n for n in made[0] if made[0][n] != made[1][n]}
-    assert changed == {n for n in made[0] if any(word in n for word in READS_EVIDENCE)}
-
-
 # ---- what a run writes ----
 
 
@@ -241,16 +224,6 @@ def test_the_tables_have_the_papers_rows_and_numbers(smoke):
             (accuracy, pgr), row = PAPER[method][0], rows[labels[method]]
             assert row[2] == f"{accuracy:.1f}" and row[4].strip() == ("" if pgr is None else f"{pgr:.1f}")
             assert ("[" in row[1]) == (method in (*METHODS, *REFERENCES))
-
-
-def test_results_are_counted_from_the_predictions(smoke):
-    gold = {r["id"]: r["label"] for r in read_jsonl(smoke / "sciq/data/test.jsonl")}
-    rows = read_jsonl(smoke / "results.jsonl")
-    assert {r["method"] for r in rows} == {"zero_shot_weak", "zero_shot_strong", *REFERENCES, *METHODS}
-    for row in rows:
-        said = {r["id"]: r["probs"].index(max(r["probs"])) for r in read_jsonl(smoke / row["predictions"])}
-        assert said.keys() == gold.keys() and row["n"] == 8
-        assert row["accuracy"] == row["correct"] / 8 == sum(said[i] == gold[i] for i in gold) / 8
 
 
 def test_datasets_and_pandas_read_what_a_run_writes(smoke, tmp_path):
@@ -326,13 +299,11 @@ def test_market_making_argues_against_the_weak_floor(smoke):
 
 def test_the_debate_of_another_question_is_that_of_the_next_sample(smoke):
     files, about = steps.Files(smoke / "sciq", "sciq"), {"debate_seed": 1, "turns": 2}
-    own, other = (
-        steps.READ[reads](steps.Run("", None, None, reads, **about), files, "train_b")
-        for reads in ("debate", "other_debate")
-    )
+    of = {r: steps.READ[r](steps.Run("", None, None, r, **about), files, "train_b") for r in ("debate", "other_debate")}
     questions = [r["text"] for r in read_jsonl(files.samples("train_b"))]
-    said = [r["text"].removesuffix(q) for r, q in zip(own, questions, strict=True)]
-    assert [r["text"] for r in other] == [s + q for s, q in zip(said[1:] + said[:1], questions, strict=True)]
+    said = [r["text"].removesuffix(q) for r, q in zip(of["debate"], questions, strict=True)]
+    wanted = [s + q for s, q in zip(said[1:] + said[:1], questions, strict=True)]
+    assert [r["text"] for r in of["other_debate"]] == wanted
     assert len(set(said)) == len(said)
 
 
@@ -367,19 +338,24 @@ def test_the_gold_labels_of_train_b_and_test_change_nothing_but_the_ceiling(smok
     assert {n for n in old if old[n] != new[n]} == {f"sciq/{n}" for n in differ}
 
 
-def test_evidence_reaches_those_who_debate_and_the_bound_alone(tmp_path):
-    """With the passages of all samples exchanged, nothing else changes by a byte."""
-    made = {}
-    for name, shift in (("own", 0), ("exchanged", 1)):
+READS_EVIDENCE = ("transcripts", "evidence.jsonl", "weak-debate", "weak-evidence", "labels/ours", "labels/evidence",
+                  "strong-ours", "strong-evidence", "zero-shot-evidence")  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", ["--tasks sciq_evidence --data-dir data", "--task-file own.jsonl"])
+def test_evidence_reaches_those_who_debate_and_the_bound_alone(flags, tmp_path, monkeypatch):
+    """With other passages for all samples, nothing else changes by a byte."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for shift, passage in enumerate(("it ends in {}", "THE LAST OF ITS DIGITS IS {}, AS ALL CAN SEE")):
+        write_jsonl(Path("own.jsonl"), own_rows(passage))
         for split in ("train", "test"):
             rows = [r for r in read_jsonl(ROOT / f"data/tiny/sciq/{split}.jsonl") if r["support"]]
-            support = [rows[i - shift]["support"] for i in range(len(rows))]
-            rows = [r | {"support": s} for r, s in zip(rows, support, strict=True)]
-            write_jsonl(tmp_path / f"{name}/sciq/{split}.jsonl", rows)
-        out, methods = tmp_path / f"out-{name}", ("finetune", "no_argument", "ours", "evidence")
-        flags = ["--tasks", "sciq_evidence", "--data-dir", tmp_path / name, "--methods", *methods]
-        assert run("w2s", *SMOKE, out, *flags) == 0
-        made[name] = {n: f for n, f in products(out).items() if n.endswith(".jsonl")}
-    assert made["own"].keys() == made["exchanged"].keys()
-    changed = {n for n in made["own"] if made["own"][n] != made["exchanged"][n]}
-    assert changed == {n for n in made["own"] if any(word in n for word in READS_EVIDENCE)}
+            exchanged = [r | {"support": rows[i - shift]["support"]} for i, r in enumerate(rows)]
+            write_jsonl(Path(f"data/sciq/{split}.jsonl"), exchanged)
+        methods = ("finetune", "no_argument", "ours", "evidence")
+        assert run("w2s", *OWN, f"out{shift}", *flags.split(), "--methods", *methods) == 0
+        made.append({n: f for n, f in products(Path(f"out{shift}")).items() if n.endswith(".jsonl")})
+    one, two = made
+    assert one.keys() == two.keys()
+    assert {n for n in one if one[n] != two[n]} == {n for n in one if any(word in n for word in READS_EVIDENCE)}
