@@ -118,9 +118,7 @@ def start_reading(x: Tensor) -> Callable[[], int]:
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """torch's SDPA; for one new token per row the query heads of one key head are its rows, so that no key is copied.
-
-    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], which is added to the scores -> [B, n, H, d].
-    """
+    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], which is added to the scores -> [B, n, H, d]."""
     refuse_special_attention(module, key.shape[2], options)
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
@@ -187,9 +185,7 @@ class Session:
     @torch.no_grad()
     def forward(self, *blocks: list[list[int]] | Tensor, room: int = 0) -> Tensor:
         """Append blocks of token lists (or one token a row, [B]), each aligned at its end; logits [B, V] after the last.
-
-        Makes `room` for so many columns more, which are masked out until they are used.
-        """
+        Makes `room` for so many columns more, which are masked out until they are used."""
         ids, new = (torch.cat(x, 1) for x in zip(*(aligned(b, self.mask.device) for b in blocks), strict=True))
         n, start = ids.shape[1], self.columns
         self.columns += n
@@ -298,10 +294,8 @@ class Debater:
 
     def decode_turn(self, session: Session, before: list, prompts: list, keys: list[tuple]) -> list[list[int]]:
         """Token ids of a turn per key, up to an end token or the limit; at least one, as the end is barred at position 0.
-
         Feeds the blocks `before`, which stay, and the prompts, which are taken back. With more keys than prompts each row
-        is read once and continued by so many neighbouring copies. Raises FloatingPointError.
-        """
+        is read once and continued by so many neighbouring copies. Raises FloatingPointError."""
         P = self.config.max_new_tokens
         logits = session.forward(*before, prompts, room=P).masked_fill(self.is_end, -torch.inf)
         columns = session.columns - max(map(len, prompts))
@@ -319,10 +313,7 @@ class Debater:
 
     def decode(self, session: Session, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [P, B] that continue `logits` [B, V] with the noise of `keys` [P, B], -1 from a row's end on; all finite?
-
-        Rows that ended are dropped once they are half of the batch. A GPU is asked how many are open a step late, with the
-        next step under way.
-        """
+        Rows that ended are dropped once they are half. A GPU says how many are open a step late, not to be waited for."""
         said, finite = torch.full_like(keys, -1), torch.ones((), dtype=torch.bool, device=keys.device)
         rows = torch.arange(keys.shape[1], device=keys.device)  # of `said`, as the batch shrinks
         is_open, n_open, late = torch.ones_like(rows, dtype=torch.bool), [], int(keys.is_cuda)
@@ -357,9 +348,7 @@ class Debater:
 
 class ShardedDebater(Debater):
     """One copy of the model over all processes, by transformers' tensor parallel plan: for one that fits no single GPU.
-
-    All processes make the same batch; texts differ from the other engines' by rounding alone.
-    """
+    All processes make the same batch; texts differ from the other engines' by rounding alone."""
 
     def load(self) -> None:
         if self.ranks.size == 1:
@@ -377,11 +366,8 @@ class ShardedDebater(Debater):
 
 
 class VllmDebater(Debater):
-    """The same prompts and end tokens through vLLM, which the user installs, on one GPU. Untested on a GPU so far.
-
-    Its noise is vLLM's own, seeded by (debate seed, sample id, turn): other texts than the default engine's, and equal
-    from run to run as far as vLLM's logits are.
-    """
+    """The same prompts and end tokens through vLLM, which the user installs, on one GPU. Untested on a GPU so far. Its noise
+    is vLLM's own, seeded by (debate seed, sample id, turn): other texts, equal from run to run as far as its logits are."""
 
     def load(self) -> None:
         try:
