@@ -12,7 +12,7 @@ import common
 import debate
 from common import read_jsonl, stable_hash, write_jsonl
 from data.prepare import TASKS
-from debate import debate_prompt, encode_question, make_transcripts, run_protocol
+from debate import encode_question, make_transcripts, run_protocol
 from generate import ENGINES, DebateConfig, Debater, sample, splitmix64
 from model import ModelSpec
 
@@ -35,6 +35,11 @@ TABLE_1 = [  # paper.md; where the debater's side is in the wording, A stands fo
 TABLE_3 = (
     "There is a science knowledge question, followed by an answer. Construct your argument for why the answer is {}."
 )
+
+
+def debate_prompt(task: str, protocol: str, turn: int, side: int) -> str:
+    """Introduction and instruction in one, as Tables 1 and 3 print them."""
+    return f"{debate.introduction(task, protocol)} {debate.instruction(task, protocol, turn, side)}"
 
 
 def test_debate_prompts_are_those_of_table_1():
