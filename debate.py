@@ -6,15 +6,14 @@ and two who argue for opposite sides without hearing each other.
     torchrun --nproc-per-node 8 debate.py ...       one copy of the model per GPU, the same transcripts
 
 Reads rows with id, text and, where only the debaters hold one, evidence; writes seed<k>.jsonl to --out: id, sides (what
-each turn argues for, 0 or 1), turns (texts), n_tokens (generated, each turn). Finished samples are appended, so a killed
-run continues.
+each turn argues for, 0 or 1), turns (texts), n_tokens (generated, each turn). A killed run continues.
 
-The sides are a function of the sample alone and the turn's instruction stands last in the prompt: the question is
-computed once for all debate seeds, and what was said is kept from turn to turn. The noise of a token is a function of
-(debate seed, sample id, turn, position), so a transcript does not depend on its batch, and an n-turn run is the
-beginning of a longer one.
+Sides depend on the sample alone and instructions stand last in a prompt, so that what all seeds read is computed once and
+what was said is kept from turn to turn. A token's noise depends on (debate seed, sample id, turn, position): a transcript
+is the same in any batch, and the beginning of a longer one.
 """
 
+import copy
 import dataclasses
 import functools
 import glob
@@ -24,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,6 +49,7 @@ from data.prepare import TASKS
 from generate import ENGINES, DebateConfig, Debater
 from model import ModelSpec
 from stages import Stage, State, locked, read_manifest
+from train import soft_labels
 
 PROTOCOLS = ("debate", "consultancy", "market_making", "independent")
 TWO_SIDED = ("debate", "independent")  # two speakers, of opposite sides; those of `independent` do not hear each other
@@ -57,14 +57,12 @@ TWO_SIDED = ("debate", "independent")  # two speakers, of opposite sides; those 
 
 # ---- prompts (Tables 1 and 3; what they say of a task stands beside its formatter in data/prepare.py) ----
 
-
 PROMPTS = {name: task.wording for name, task in TASKS.items()}
 DEBATE_TURNS = (
     "Construct your argument for why {claim}.",
     "Construct your argument for why {claim} and list out flaws in your opponent's argument.",
     "Construct the counterargument to opponent's argument.",
 )
-CONSULT_TURN = "Construct your argument for why {claim}."
 
 
 def introduction(task: str, protocol: str) -> str:
@@ -73,18 +71,12 @@ def introduction(task: str, protocol: str) -> str:
 
 
 def instruction(task: str, protocol: str, turn: int, side: int) -> str:
-    """What the speaker of `turn` (from 0) is told, arguing for class `side`."""
-    template = DEBATE_TURNS[min(turn, 2)] if protocol == "debate" else CONSULT_TURN
-    return template.format(claim=PROMPTS[task].claims(side))
+    """What the speaker of `turn` (from 0) is told, arguing for class `side`; who hears no opponent, always the first."""
+    return DEBATE_TURNS[min(turn, 2) if protocol == "debate" else 0].format(claim=PROMPTS[task].claims(side))
 
 
 def speaker(protocol: str, turn: int) -> str:
     return f"Debater {'AB'[turn % 2]}" if protocol in TWO_SIDED else "Consultant"
-
-
-def debate_prompt(task: str, protocol: str, turn: int, side: int) -> str:
-    """Introduction and instruction in one, as Tables 1 and 3 print them."""
-    return f"{introduction(task, protocol)} {instruction(task, protocol, turn, side)}"
 
 
 def assign_side(sample_id: str, turn: int) -> int:
@@ -93,21 +85,15 @@ def assign_side(sample_id: str, turn: int) -> int:
 
 
 def transcript_text(task: str, protocol: str, sides: list[int], turns: list[str]) -> str:
-    """A line per turn: its speaker, the side it argues for, and what was said. Turns that are empty leave the sides alone."""
-    names = PROMPTS[task].sides
-    lines = [
-        f"{speaker(protocol, t)} ({names[s]}): {turn}".rstrip()
-        for t, (s, turn) in enumerate(zip(sides, turns, strict=True))
-    ]
-    return "\n".join(lines)
+    """A line per turn: its speaker, the side it argues for, and what was said, which may be nothing."""
+    names, said = PROMPTS[task].sides, enumerate(zip(sides, turns, strict=True))
+    return "\n".join(f"{speaker(protocol, t)} ({names[side]}): {text}".rstrip() for t, (side, text) in said)
 
 
 def judge_input(question: str, transcript: str, order: str) -> str:
     """What the judge, a weak model, reads: the sample's question and the debate about it. Edit this for an ablation.
-
-    `first` puts the transcript in front, so that the last tokens, from which the head reads the verdict, are the
-    question's; `last` appends it, the paper's wording. LOG.md (2026-11-25) has both measured.
-    """
+    `first`: the transcript in front, so that the head reads the verdict from the question's tokens; `last`: behind, the
+    paper's wording. LOG.md (2026-11-25) has both measured."""
     return "\n".join([transcript, question] if order == "first" else [question, transcript])
 
 
@@ -139,8 +125,8 @@ def encode_instruction(debater: Debater, task: str, protocol: str, turn: int, si
 def zero_shot(debater: Debater, task: str, samples: list[dict], ranks: Ranks = ALONE) -> list[list[float]]:
     """Class probabilities [N][2] without training: how likely the names of the two sides are after the sample.
 
-    The log-odds of class 1 are taken relative to their median over `samples`, which needs no labels: a language model
-    prefers one of the two words whatever the sample is (Zhao et al. 2021, arXiv 2102.09690, call it calibration).
+    The log-odds of class 1 are relative to their median over `samples`, as a language model prefers one of the two words
+    whatever the sample is. That needs no labels (Zhao et al. 2021, arXiv 2102.09690, call it calibration).
     """
     odds: dict[str, float] = {}
     sides = [debater.tokens(f" {name}") for name in PROMPTS[task].sides]
@@ -158,7 +144,6 @@ def zero_shot(debater: Debater, task: str, samples: list[dict], ranks: Ranks = A
 
 # ---- protocols ----
 
-
 Chooser = Callable[[list[dict], list[dict]], list[int]]  # samples, their transcripts so far -> the weak model's choice
 
 
@@ -167,39 +152,32 @@ def run_protocol(
     begun: list[list[dict]] | None = None, choose: Chooser | None = None,
 ) -> list[list[dict]]:  # fmt: skip
     """Transcripts of one chunk of samples for every debate seed: rows [seed][sample] {id, sides, turns, n_tokens}.
-
-    `begun` holds transcripts with fewer turns to continue. Market-making asks `choose` before every turn which answer
-    the weak model prefers, and argues for the other one.
-    """
-    S, K = len(samples), len(seeds)
-    pairs = [(s, k) for s in range(S) for k in range(K)]  # row order of the batch
+    `begun` holds transcripts with fewer turns to continue. Market-making asks `choose` before every turn which answer the
+    weak model prefers, and argues for the other one."""
+    K = len(seeds)
+    pairs = [(s, k) for s in range(len(samples)) for k in range(K)]  # row order of the batch
     if begun is None:
         rows = [{"id": samples[s]["id"], "sides": [], "turns": [], "n_tokens": []} for s, _ in pairs]
     else:
-        rows = [{key: list(v) if isinstance(v, list) else v for key, v in begun[k][s].items()} for s, k in pairs]
-    start = len(rows[0]["turns"])
+        rows = [copy.deepcopy(begun[k][s]) for s, k in pairs]
+    start, hears = len(rows[0]["turns"]), protocol != "independent"
     questions = [encode_question(debater, task, protocol, s) for s in samples]
     session = debater.prefill(questions, copies=K if start else 1)  # up to the first turn, all seeds read the same
-
-    def hear(turns: Iterable[int]) -> list[list[list[int]]]:
-        """Turns that were said, which the cache does not hold yet; independent speakers hear none."""
-        turns = () if protocol == "independent" else turns
-        return [[encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in turns]
-
-    said = hear(range(start))
+    unheard = range(start)  # turns that the cache does not hold yet
     for turn in range(start, turns):
         if protocol == "market_making":
             sides = [1 - c for c in choose([samples[s] for s, _ in pairs], rows)]
         else:
             sides = [assign_side(r["id"], turn if protocol in TWO_SIDED else 0) for r in rows]
         keys = [("noise", seeds[k], samples[s]["id"], turn) for s, k in pairs]
+        said = [[encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in unheard if hears]
         prompts = [encode_instruction(debater, task, protocol, turn, side) for side in sides]
         spoken = debater.decode_turn(session, said, prompts if turn else prompts[::K], keys)
         for row, side, ids in zip(rows, sides, spoken, strict=True):
             row["sides"].append(side)
             row["turns"].append(" ".join(debater.tokenizer.decode(ids, skip_special_tokens=True).split()))
             row["n_tokens"].append(len(ids))
-        said = hear([turn])
+        unheard = [turn]
     return [rows[k::K] for k in range(K)]
 
 
@@ -221,14 +199,13 @@ def chunks(samples: list[dict], size: Callable[[int], int]) -> Iterator[list[dic
 
 def make_transcripts(
     debater: Callable[[], Debater], task: str, protocol: str, samples: list[dict], files: dict[int, Path], turns: int,
-    choose: Chooser | None = None, together: bool = False, ranks: Ranks = ALONE,
+    choose: Chooser | None = None, ranks: Ranks = ALONE,
 ) -> dict:  # fmt: skip
-    """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns tokens and seconds.
+    """Fill `files` (debate seed -> path) with `turns`-turn transcripts of `samples`; returns new tokens and turns.
 
-    Chunks of as many samples as the debater takes at once are appended to part files as they finish, and joined at the end.
     A file that holds fewer turns is continued, one that holds enough is left alone; `debater` is called only when something
-    is missing. Under several processes chunk i goes to rank i % world_size, which has part files of its own, unless they
-    make every chunk `together`; what a run with any number of them has left is used.
+    is missing. Chunks are appended to part files as they finish, and joined at the end. Chunk i goes to rank i % size,
+    unless all share one model; part files of a run with any number of ranks are used.
     """
     ids = [s["id"] for s in samples]
     groups: dict[int, list[int]] = {}  # turns there already -> seeds
@@ -249,32 +226,22 @@ def make_transcripts(
         ranks.barrier()
         at_once = functools.partial(debater().batch_size, seeds=len(seeds), turns=turns)
         pending = [c for c in chunks(samples, at_once) if not all(s["id"] in done[k] for k in seeds for s in c)]
-        me, copies = (0, 1) if together else (ranks.rank, ranks.size)
-        mine = pending[me::copies]
-        bar = tqdm(
-            total=sum(map(len, mine)) * len(seeds) * (turns - n_turns), unit="turn", disable=ranks.rank > 0 or None
-        )
-        bar.set_description(f"{task} {protocol} seeds {seeds}")
+        me, copies = (0, 1) if debater().config.engine == "sharded" else (ranks.rank, ranks.size)
+        mine, each = pending[me::copies], len(seeds) * (turns - n_turns)  # new turns of a sample
+        name, silent = f"{task} {protocol} seeds {seeds}", ranks.rank > 0 or None
+        bar = tqdm(desc=name, total=sum(map(len, mine)) * each, unit="turn", disable=silent)
         start, new = time.time(), 0
         for c in mine:
-            rows = run_protocol(
-                debater(),
-                task,
-                protocol,
-                c,
-                seeds,
-                turns,
-                begun and [[begun[k][s["id"]] for s in c] for k in seeds],
-                choose,
-            )
+            before = begun and [[begun[k][s["id"]] for s in c] for k in seeds]
+            rows = run_protocol(debater(), task, protocol, c, seeds, turns, before, choose)
             for k, seed_rows in zip(seeds, rows, strict=True):
                 fresh = [r for r in seed_rows if r["id"] not in done[k]]
                 if ranks.rank == me:
                     append_rows(stems[k].with_name(f"{stems[k].name}.rank{me}of{copies}"), fresh)
                 new += sum(sum(r["n_tokens"][n_turns:]) for r in fresh)
-            bar.update(len(c) * len(seeds) * (turns - n_turns))
-            each = f" x {copies} processes" if copies > 1 else ""
-            bar.set_postfix_str(f"{new / (time.time() - start):.0f} tokens/s{each}")
+            bar.update(len(c) * each)
+            processes = f" x {copies} processes" if copies > 1 else ""
+            bar.set_postfix_str(f"{new / (time.time() - start):.0f} tokens/s{processes}")
         bar.close()
         ranks.barrier()
         if ranks.rank == 0:
@@ -289,7 +256,7 @@ def make_transcripts(
 
 
 def count_turns(rows: list[dict], path: Path) -> int:
-    """Turns of every transcript in a file. Raises InputError where they are no transcripts of one length."""
+    """Turns of every transcript in a file. Raises InputError where they differ."""
     lists = [row.get(key) for row in rows for key in ("sides", "turns", "n_tokens")]
     if not all(isinstance(x, list) and len(x) == len(lists[0]) for x in lists):
         raise InputError(f"{path}: not transcripts of one length (sides, turns, n_tokens); move the file away")
@@ -307,10 +274,9 @@ def read_parts(stem: Path) -> dict[str, dict]:
 
 
 def drop_torn_lines(stem: Path) -> None:
-    """Take the line that a kill cut off from the end of every part."""
+    """Remove the line that a kill cut off from the end of every part."""
     for part in part_files(stem):
-        text = part.read_bytes()
-        os.truncate(part, text.rfind(b"\n") + 1)
+        os.truncate(part, part.read_bytes().rfind(b"\n") + 1)
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
@@ -323,11 +289,10 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 def show(task: str, protocol: str, sample: dict, row: dict) -> str:
     """A transcript for people."""
-    said = [
-        f"  {speaker(protocol, t)}, for «{PROMPTS[task].claims(side)}»:\n    {text}"
-        for t, (side, text) in enumerate(zip(row["sides"], row["turns"], strict=True))
-    ]
-    return "\n".join([f"[{row['id']}] {sample['text'].strip()}", *said, ""])
+    lines = [f"[{row['id']}] {sample['text'].strip()}"]
+    for t, (side, text) in enumerate(zip(row["sides"], row["turns"], strict=True)):
+        lines.append(f"  {speaker(protocol, t)}, for «{PROMPTS[task].claims(side)}»:\n    {text}")
+    return "\n".join([*lines, ""])
 
 
 # ---- command line ----
@@ -348,26 +313,27 @@ class Args(DebateConfig):
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "debate.py", __doc__)
-    for name, ok in {"turns": args.turns >= 1, "cache_tokens": args.cache_tokens is None or args.cache_tokens >= 1, "max_new_tokens": args.max_new_tokens >= 1,
-                     "temperature": 0 <= args.temperature < float("inf"), "top_p": 0 < args.top_p <= 1,
-                     "show": args.show >= 0}.items():  # fmt: skip
+    in_range = {
+        "turns": args.turns >= 1, "cache_tokens": args.cache_tokens is None or args.cache_tokens >= 1,
+        "max_new_tokens": args.max_new_tokens >= 1, "temperature": 0 <= args.temperature < math.inf,
+        "top_p": 0 < args.top_p <= 1, "show": args.show >= 0,
+    }  # fmt: skip
+    for name, ok in in_range.items():
         if not ok:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
-    for name in ("samples", "choices"):
-        if (path := getattr(args, name)) and not Path(path).is_file() or name == "samples" and not path:
-            raise InputError(f"--{name} {path!r}: no such file")
-    check_out(args.out)
+    inputs = {"samples": Path(args.samples)} | ({"choices": Path(args.choices)} if args.choices else {})
+    for name, path in inputs.items():
+        if not path.is_file():
+            raise InputError(f"--{name} {getattr(args, name)!r}: no such file")
+    out = check_out(args.out)
     if (args.protocol == "market_making") != bool(args.choices):
-        raise InputError(
-            f"--protocol {args.protocol} --choices {args.choices!r}: market_making needs the file, no other does"
-        )
-    samples, out = read_samples(Path(args.samples), "text"), Path(args.out)
+        why = "market_making needs the file, no other does"
+        raise InputError(f"--protocol {args.protocol} --choices {args.choices!r}: {why}")
+    samples = read_samples(inputs["samples"], "text")
     for number, s in enumerate(samples, 1):
         if not isinstance(s.get("evidence", ""), str):
             raise InputError(f"{args.samples}: evidence {str(s['evidence'])[:40]} of row {number} must be a string")
-    from train import soft_labels
-
-    weak = read_samples(Path(args.choices), "probs") if args.choices else []
+    weak = read_samples(inputs["choices"], "probs") if args.choices else []
     chosen = {r["id"]: y for r, y in zip(weak, soft_labels(weak, 2).argmax(-1).tolist(), strict=True)}
     if args.choices and not {s["id"] for s in samples} <= chosen.keys():
         raise InputError(f"--choices {args.choices}: not every sample has a prediction there")
@@ -376,20 +342,17 @@ def main() -> None:
         return [chosen[s["id"]] for s in asked]
 
     config = DebateConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DebateConfig)})
+    spec = ModelSpec.parse(args.strong)
     files = {k: out / f"seed{k}.jsonl" for k in args.seed}
-    loaded: list[Debater] = []
 
+    @functools.cache
     def debater() -> Debater:
-        loaded[:] = loaded or [ENGINES[config.engine](ModelSpec.parse(args.strong), config, world())]
-        return loaded[0]
+        return ENGINES[config.engine](spec, config, world())
 
     def make(folder: Path, ranks: Ranks) -> dict:
-        return make_transcripts(
-            debater, args.task, args.protocol, samples, files, args.turns, choose, config.engine == "sharded", ranks,
-        )  # fmt: skip
+        return make_transcripts(debater, args.task, args.protocol, samples, files, args.turns, choose, ranks)
 
-    asked = {"task": args.task, "protocol": args.protocol, "model": ModelSpec.parse(args.strong).identity()}
-    inputs = {name: Path(path) for name in ("samples", "choices") if (path := getattr(args, name))}
+    asked = {"task": args.task, "protocol": args.protocol, "model": spec.identity()}
     turns = {str(k): args.turns for k in args.seed}
     stage = Stage(out, asked | dataclasses.asdict(config), inputs, make, minimum=turns, on_all_ranks=True)
     state, why = stage.state()
@@ -401,9 +364,8 @@ def main() -> None:
         made = stage.run(world())
     cost = {k: v for k, v in read_manifest(out).items() if k in ("new_tokens", "turns", "seconds")}
     print0(json.dumps(cost) if made else f"nothing to do: {out} holds all of it")
-    first = {r["id"]: r for r in read_jsonl(files[args.seed[0]])}
-    for sample_row in samples[: args.show]:
-        print0(show(args.task, args.protocol, sample_row, first[sample_row["id"]]))
+    for sample, row in zip(samples[: args.show], read_jsonl(files[args.seed[0]]), strict=False):
+        print0(show(args.task, args.protocol, sample, row))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ position, so what a row says does not depend on its batch. Inside a turn the CPU
 computing. Shapes: B rows, T columns, P positions of a turn, D width, H heads, V vocabulary.
 """
 
+import copy
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable
 
@@ -36,19 +38,15 @@ class DebateConfig:
     max_new_tokens: int = flag(200, "longest turn", int)
     temperature: float = flag(0.4, "of sampling; 0 takes the likeliest token", float)
     top_p: float = flag(1.0, "sample from the smallest set of tokens with this much probability", float)
-    chat: bool = flag(
-        False, "ask through the model's chat template (for a chat model); default: the plain prompt", bool
-    )
+    chat: bool = flag(False, "ask through the model's chat template; default: the plain prompt", bool)
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
-    cache_tokens: int | None = flag(
-        None, "tokens of keys and values that a batch may fill; default: what fits the GPU", int, speed=True
-    )
+    cache_tokens: int | None = flag(None, "keys and values in a batch; default: what fits the GPU", int, speed=True)
     engine: str = flag("replicated", "replicated: a copy of the model per process; sharded: one copy over all; vllm",
                        choices=("replicated", "sharded", "vllm"))  # fmt: skip
 
 
 def batch_size(cache_tokens: int, characters: int, seeds: int, turns: int, max_new_tokens: int) -> int:
-    """Samples with so long a text that make a batch, each with all its seeds and turns: what surely fits, at least 1."""
+    """Samples with so long a text that surely fit, each with all its seeds and turns; at least 1."""
     return max(1, int(cache_tokens / (seeds * debate_tokens(characters, turns, max_new_tokens))))
 
 
@@ -74,10 +72,7 @@ MAX_GUMBEL = 17.33  # -log(-log(u)) of the largest u, 1 - 2^-25
 
 
 def sample(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """One token a row, the argmax of logits / temperature + Gumbel noise, noise being a function of (key, token).
-
-    logits [B, V] float32, keys [B] int64 -> [B].
-    """
+    """The argmax of logits / temperature + Gumbel noise of (key, token): logits [B, V] float32, keys [B] int64 -> [B]."""
     if temperature == 0:
         return logits.argmax(-1)
     if top_p < 1:
@@ -94,7 +89,7 @@ def sample_dense(logits: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
 
 def sample_sparse(logits: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """The same token, by a look only at those that the noise can lift to the top: on a CPU much the faster way."""
+    """The same token, with noise only on those that it can lift to the top: much faster on a CPU."""
     top, token = logits.max(-1)
     within_reach = top + temperature * (gumbel(keys, token) - MAX_GUMBEL).float()
     rows, tokens = (logits >= within_reach[:, None]).nonzero(as_tuple=True)
@@ -105,7 +100,7 @@ def sample_sparse(logits: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
 
 def start_reading(x: Tensor) -> Callable[[], int]:
-    """Begins to bring a number to the host. What is returned waits for it, and for nothing that was asked of a GPU later."""
+    """Begins to copy a number to the host; what is returned waits for it, and for nothing asked of a GPU later."""
     if not x.is_cuda:
         return x.item
     number, there = x.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -123,10 +118,7 @@ def start_reading(x: Tensor) -> Callable[[], int]:
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **options):
     """torch's SDPA; for one new token per row the query heads of one key head are its rows, so that no key is copied.
-
-    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], which is added to the scores -> [B, n, H, d].
-    Raises InputError where the model asks for more than that.
-    """
+    query [B, H, n, d], key and value [B, H_kv, T, d], mask [B, 1, n, T], which is added to the scores -> [B, n, H, d]."""
     refuse_special_attention(module, key.shape[2], options)
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
@@ -152,7 +144,7 @@ def rounded(columns: int) -> int:
 
 
 def seen(columns: int, new: int) -> int:
-    """Columns that attention sees: with one new token a row up to a multiple of 64, so that shapes change seldom."""
+    """Columns that attention sees: rounded where a row has one new token, so that shapes change seldom."""
     return rounded(columns) if new == 1 else columns
 
 
@@ -177,37 +169,30 @@ class KVLayer(DynamicLayer):
         return tuple(b[:, :, : seen(self.length, n)] for b in self.buffers)
 
     def select(self, rows: Tensor) -> "KVLayer":
-        other = KVLayer()
-        other.length, other.capacity, other.is_initialized = self.length, self.capacity, True
+        other = copy.copy(self)
         other.buffers = [b[rows] for b in self.buffers]
         return other
 
 
 class Session:
-    """A batch of growing contexts over one KV cache. `mask` [B, capacity] is true where a column holds a row's token."""
+    """A batch of growing contexts over one KV cache, at first one. `mask` [B, capacity]: where a column holds a row's token."""
 
-    def __init__(self, model: torch.nn.Module, n_rows: int):
+    def __init__(self, model: torch.nn.Module):
         self.model, self.columns = model, 0
         self.cache = Cache([KVLayer() for _ in range(model.config.num_hidden_layers)])
-        self.mask = torch.zeros(n_rows, 0, dtype=torch.bool, device=model.device)
-
-    def reserve(self, columns: int) -> None:
-        """Room for so many columns, of which those still unused are masked out."""
-        if (more := rounded(columns) - self.mask.shape[1]) > 0:
-            self.mask = F.pad(self.mask, (0, more))
-            for layer in self.cache.layers:
-                layer.capacity = self.mask.shape[1]
+        self.mask = torch.zeros(1, 0, dtype=torch.bool, device=model.device)
 
     @torch.no_grad()
     def forward(self, *blocks: list[list[int]] | Tensor, room: int = 0) -> Tensor:
-        """Append blocks of token lists (or one token a row, [B]), each block aligned at its end, in one forward.
-
-        Reserves `room` for so many columns more. Returns the logits [B, V] after each row's last token.
-        """
+        """Append blocks of token lists (or one token a row, [B]), each aligned at its end; logits [B, V] after the last.
+        Makes `room` for so many columns more, which are masked out until they are used."""
         ids, new = (torch.cat(x, 1) for x in zip(*(aligned(b, self.mask.device) for b in blocks), strict=True))
         n, start = ids.shape[1], self.columns
         self.columns += n
-        self.reserve(self.columns + room)
+        if (more := rounded(self.columns + room) - self.mask.shape[1]) > 0:
+            self.mask = F.pad(self.mask, (0, more))
+            for layer in self.cache.layers:
+                layer.capacity = self.mask.shape[1]
         self.mask[:, start : self.columns] = new
         positions = (self.mask[:, :start].sum(1, keepdim=True) + new.cumsum(1) - 1).clamp_min(0)
         open_to = self.mask[:, None, None, : seen(self.columns, n)]
@@ -229,9 +214,8 @@ class Session:
 
     def select(self, rows: Tensor) -> "Session":
         """A session of its own with these rows, an index of [B]; a row may be there several times."""
-        other = Session(self.model, 0)
-        other.mask, other.columns = self.mask[rows], self.columns
-        other.cache.layers = [layer.select(rows) for layer in self.cache.layers]
+        other = copy.copy(self)
+        other.mask, other.cache = self.mask[rows], Cache([layer.select(rows) for layer in self.cache.layers])
         return other
 
 
@@ -260,18 +244,17 @@ class Debater:
         self.spec, self.config, self.ranks = spec, config, ranks
         self.tokenizer = load_tokenizer(spec)
         check_chat(spec, config.chat, self.tokenizer)
-        ends = {self.tokenizer.eos_token_id}
-        if not config.chat:  # a base model rarely stops: a newline ends the turn
-            ends |= {
-                i for t, i in self.tokenizer.get_vocab().items() if "\n" in self.tokenizer.convert_tokens_to_string([t])
-            }
-        self.is_end = torch.zeros(load_config(spec).vocab_size, dtype=torch.bool, device=device())
-        self.is_end[[i for i in ends if i < len(self.is_end)]] = True
-        self.before, self.after = "", ""
+        ends = [self.tokenizer.eos_token_id]
+        self.before = self.after = ""  # what a chat template puts around a prompt
         if config.chat:
             message = [{"role": "user", "content": "\x00"}]
             prompt = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
             self.before, self.after = prompt.split("\x00")
+        else:  # a base model rarely stops: a newline ends the turn
+            text_of = self.tokenizer.convert_tokens_to_string
+            ends += [i for token, i in self.tokenizer.get_vocab().items() if "\n" in text_of([token])]
+        self.is_end = torch.zeros(load_config(spec).vocab_size, dtype=torch.bool, device=device())
+        self.is_end[[i for i in ends if i < len(self.is_end)]] = True
         self.load()
 
     def load(self, parallel=None) -> None:
@@ -282,10 +265,7 @@ class Debater:
 
     @functools.cached_property
     def cache_tokens(self) -> int:
-        """Tokens of keys and values that a batch may fill: those asked for, or what the GPU with the least free memory holds.
-
-        Every rank must ask, since all of them make the same batches.
-        """
+        """Keys and values in a batch: as many as asked, or as the fullest GPU can hold. Every rank must ask."""
         if self.config.cache_tokens or device().type == "cpu":
             return self.config.cache_tokens or CPU_CACHE_TOKENS
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -294,7 +274,6 @@ class Debater:
         return min(self.ranks.gather(fitting_tokens(free, m, e, self.config.max_new_tokens, shares)))
 
     def batch_size(self, characters: int, seeds: int, turns: int) -> int:
-        """Samples with so long a text that are debated at once, each with all its seeds and turns."""
         return batch_size(self.cache_tokens, characters, seeds, turns, self.config.max_new_tokens)
 
     def tokens(self, text: str, start: bool = False) -> list[int]:
@@ -304,7 +283,7 @@ class Debater:
         """A session with `copies` neighbouring rows for each opening. What all openings begin with is computed once."""
         rows = torch.arange(len(openings), device=self.is_end.device)
         common = min(len(os.path.commonprefix(openings)), min(map(len, openings)) - 1)
-        session = Session(self.model, 1)
+        session = Session(self.model)
         session.forward([openings[0][:common]])
         session = session.select(torch.zeros_like(rows))
         session.forward([o[common:] for o in openings])
@@ -313,14 +292,10 @@ class Debater:
     def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
         return sample(logits, keys, self.config.temperature, self.config.top_p)
 
-    def decode_turn(
-        self, session: Session, before: list, prompts: list[list[int]], keys: list[tuple]
-    ) -> list[list[int]]:
-        """One turn per key: token ids. Feeds the blocks `before`, which stay, and the prompts, which are taken back.
-
-        With more keys than prompts each row is read once and continued by so many neighbouring copies. Samples until an
-        end token or the limit. A turn has at least one token: the end is barred at position 0. Raises FloatingPointError.
-        """
+    def decode_turn(self, session: Session, before: list, prompts: list, keys: list[tuple]) -> list[list[int]]:
+        """Token ids of a turn per key, up to an end token or the limit; at least one, as the end is barred at position 0.
+        Feeds the blocks `before`, which stay, and the prompts, which are taken back. With more keys than prompts each row
+        is read once and continued by so many neighbouring copies. Raises FloatingPointError."""
         P = self.config.max_new_tokens
         logits = session.forward(*before, prompts, room=P).masked_fill(self.is_end, -torch.inf)
         columns = session.columns - max(map(len, prompts))
@@ -338,10 +313,7 @@ class Debater:
 
     def decode(self, session: Session, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [P, B] that continue `logits` [B, V] with the noise of `keys` [P, B], -1 from a row's end on; all finite?
-
-        Rows that ended are dropped once they are half of the batch. How many are open a GPU says a step late: the CPU has
-        given it the next step by then.
-        """
+        Rows that ended are dropped once they are half. A GPU says how many are open a step late, not to be waited for."""
         said, finite = torch.full_like(keys, -1), torch.ones((), dtype=torch.bool, device=keys.device)
         rows = torch.arange(keys.shape[1], device=keys.device)  # of `said`, as the batch shrinks
         is_open, n_open, late = torch.ones_like(rows, dtype=torch.bool), [], int(keys.is_cuda)
@@ -366,31 +338,25 @@ class Debater:
         after_prompt, columns = session.forward([asked] * len(prompts)), session.columns
         table = []
         for word in words:
-            logits, total = after_prompt, 0
-            for position, token in enumerate(word):
-                if position:
-                    logits = session.forward(torch.full((len(prompts),), word[position - 1], device=logits.device))
-                total = total + logits.log_softmax(-1)[:, token]
+            log_p = after_prompt.log_softmax(-1)[:, word[0]]
+            for said, token in itertools.pairwise(word):
+                log_p = log_p + session.forward([[said]] * len(prompts)).log_softmax(-1)[:, token]
             session.truncate(columns)
-            table.append(total.tolist())
+            table.append(log_p.tolist())
         return [list(row) for row in zip(*table, strict=True)]
 
 
 class ShardedDebater(Debater):
-    """One copy of the model over all processes, by transformers' tensor parallel plan: for a model that fits no single GPU.
-
-    All processes make the same batch and take rank 0's tokens; texts differ from the others' by rounding alone.
-    """
+    """One copy of the model over all processes, by transformers' tensor parallel plan: for one that fits no single GPU.
+    All processes make the same batch; texts differ from the other engines' by rounding alone."""
 
     def load(self) -> None:
         if self.ranks.size == 1:
             raise InputError("--engine sharded: spreads a model over processes, here is one; start with torchrun")
-        heads = load_config(self.spec).num_key_value_heads
-        if heads % self.ranks.size:
-            raise InputError(
-                f"--engine sharded: {self.ranks.size} processes cannot share the {heads} key heads of {self.spec.name!r}"
-            )
-        super().load(transformers.distributed.DistributedConfig(tp_size=self.ranks.size, tp_plan="auto"))
+        heads, n = load_config(self.spec).num_key_value_heads, self.ranks.size
+        if heads % n:
+            raise InputError(f"--engine sharded: {n} processes cannot share {heads} key heads of {self.spec.name!r}")
+        super().load(transformers.distributed.DistributedConfig(tp_size=n, tp_plan="auto"))
 
     def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
         """Rank 0's tokens on every rank: one bit that differs in the logits would end in caches that differ."""
@@ -400,19 +366,14 @@ class ShardedDebater(Debater):
 
 
 class VllmDebater(Debater):
-    """The same prompts and end tokens through vLLM on one GPU: an extra that the user installs. Untested on a GPU so far.
-
-    Its noise is vLLM's own, seeded for every turn of every debate by (debate seed, sample id, turn): other texts than
-    the default engine's, and equal from run to run as far as vLLM's logits are.
-    """
+    """The same prompts and end tokens through vLLM, which the user installs, on one GPU. Untested on a GPU so far. Its noise
+    is vLLM's own, seeded by (debate seed, sample id, turn): other texts, equal from run to run as far as its logits are."""
 
     def load(self) -> None:
         try:
             import vllm
         except ImportError:
-            raise InputError(
-                "--engine vllm: vllm is not installed here; `pip install vllm`, or --engine replicated"
-            ) from None
+            raise InputError("--engine vllm: vllm is not installed; install it, or --engine replicated") from None
         if self.spec.layers or self.ranks.size > 1:
             raise InputError("--engine vllm: takes a whole model, and one process (no torchrun)")
         source, config = self.spec.source(), self.config
@@ -427,7 +388,7 @@ class VllmDebater(Debater):
 
     @property
     def cache_tokens(self) -> int:
-        """vLLM has taken the memory, and makes batches that fit it out of what it is given at once."""
+        """vLLM makes batches that fit its memory out of what it is given at once."""
         return self.config.cache_tokens or 2**20
 
     def prefill(self, openings: list[list[int]], copies: int) -> list[list[int]]:
@@ -441,10 +402,8 @@ class VllmDebater(Debater):
                 context += tokens
         asked = [{"prompt_token_ids": c + p} for c, p in zip(session, prompts, strict=True)]
         outputs = self.model.generate(asked, [self.sampling(seed=stable_hash(*k)) for k in keys], use_tqdm=False)
-        said = [list(o.outputs[0].token_ids) for o in outputs]
-        return [
-            ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said
-        ]  # vLLM returns the stop token
+        said = [list(o.outputs[0].token_ids) for o in outputs]  # with the stop token
+        return [ids[:-1] if len(ids) > 1 and self.is_end[ids[-1]] else ids for ids in said]
 
 
 ENGINES = {"replicated": Debater, "sharded": ShardedDebater, "vllm": VllmDebater}

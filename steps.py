@@ -201,9 +201,7 @@ def make_debates(
         for part in ("train_a", "train_b"):
             rows = debated(files, part)
             paths = {k: out / f"seed{k}" / f"{part}.jsonl" for k in work.turns if work.turns[k] == n}
-            new = debate.make_transcripts(
-                speaker, files.task, work.protocol, rows, paths, n, choose, settings.engine == "sharded", ranks,
-            )  # fmt: skip
+            new = debate.make_transcripts(speaker, files.task, work.protocol, rows, paths, n, choose, ranks)
             cost = {k: cost.get(k, 0) + v for k, v in new.items()}
     held.release()
     return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in work.turns}}

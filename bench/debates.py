@@ -2,11 +2,9 @@
 
     python -m bench.debates --data-dir DIR --csv debates.csv
 
-Debates of --samples with --seeds each, as the method has them. Same model, samples, prompts, temperature and number of new
-tokens for all: no token ends a turn. Every engine goes turn by turn, each prompt being the question, what was said, the
-instruction; generate reads it whole every turn, in batches of like length; ours reads once what a sample's seeds share. In
-batches of one, a few debates are enough. Engines take turns within a round and the order changes from round to round; the
-last table has medians. Alone on the machine only; sampling noise differs.
+Same model, samples, prompts, temperature and number of new tokens for all: no token ends a turn. generate reads a turn's
+prompt whole, in batches of like length; ours reads once what a sample's seeds share. In batches of one, a few debates are
+enough. The order of the engines changes from round to round; the last table has medians. Alone on the machine only.
 
 step_ms is a token step of ours at that batch size with contexts of half the debate, sampling included; floor_ms the time
 to read the weights and the keys and values once at the measured copy bandwidth; floor_share their ratio.
@@ -19,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,15 +51,12 @@ class Args:
 
 def in_batches(model: torch.nn.Module, prompts: list[list[int]], size: int) -> list[list[int]]:
     """New tokens of each prompt by `model.generate`, on prompts of like length, padded at the front."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    said: list[list[int]] = [[]] * len(prompts)
+    order, said = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         ids, mask = aligned([prompts[i] for i in batch], model.device)
-        out = model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist()
-        for i, tokens in zip(batch, out, strict=True):
-            said[i] = tokens
-    return said
+        said |= zip(batch, model.generate(ids, attention_mask=mask)[:, ids.shape[1] :].tolist(), strict=True)
+    return [said[i] for i in range(len(prompts))]
 
 
 def generated(debater: Debater, args: Args, samples: list[dict], model: torch.nn.Module, size: int) -> int:
@@ -83,10 +79,8 @@ def ours(debater: Debater, args: Args, samples: list[dict], batch: int) -> int:
 
 
 def decode_step(debater: Debater, rows: int, columns: int, bandwidth: float, n: int = 16) -> tuple[float, float]:
-    """Milliseconds of a token step of `rows` debates that hold `columns` tokens each, and its floor at `bandwidth`.
-
-    The first is a turn of n + 1 tokens less a turn of one, over n; the second, to read weights and cache once.
-    """
+    """Milliseconds of a token step of `rows` debates that hold `columns` tokens each: a turn of n + 1 tokens less a turn
+    of one, over n; and its floor, to read weights and cache once at `bandwidth`."""
     seconds, debater = [], copy.copy(debater)
     for new in (1, n + 1):
         debater.config, times = dataclasses.replace(debater.config, max_new_tokens=new), []
@@ -105,7 +99,7 @@ def decode_step(debater: Debater, rows: int, columns: int, bandwidth: float, n: 
 def bytes_read(model: torch.nn.Module, session, columns: int) -> int:
     """Of a decode step: all weights, but of an untied embedding only a row per token; keys and values so far."""
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = sum(p.nbytes for p in model.parameters()) - (embedding.nbytes if embedding is not output else 0)
+    weights = sum(p.nbytes for p in model.parameters() if p is output or p is not embedding)
     return weights + sum(b[:, :, :columns].nbytes for layer in session.cache.layers for b in layer.buffers)
 
 
@@ -151,18 +145,13 @@ def measured_rows(args: Args) -> Iterator[dict]:
             }  # fmt: skip
 
 
-def report(rows: list[dict]) -> None:
-    """Medians over rounds."""
-    rates: dict[tuple, list[float]] = {}
-    for row in rows:
-        rates.setdefault((row["engine"], row["batch"]), []).append(row["tokens_per_s"])
-    for (engine, batch), values in rates.items():
-        print0(f"{engine:10}{batch:6}{statistics.median(values):10.1f} tokens/s, median of {len(values)} rounds")
-
-
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "bench.debates", __doc__)
-    report(write_rows(measured_rows(args), args.csv, args.dtype))
+    rates = defaultdict(list)
+    for row in write_rows(measured_rows(args), args.csv, args.dtype):
+        rates[row["engine"], row["batch"]].append(row["tokens_per_s"])
+    for (engine, batch), values in rates.items():
+        print0(f"{engine:10}{batch:6}{statistics.median(values):10.1f} tokens/s, median of {len(values)} rounds")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ measured copy bandwidth (floor), and how many floors the median took. That all g
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +39,11 @@ class Args:
     csv: str = flag("", "file to write the rows to")
 
 
-class Case(NamedTuple):
-    """One shape: the step of each provider, and the bytes that it must move."""
-
-    shape: str
-    steps: dict[str, Callable]
-    n_bytes: int = 0
+Case = tuple[str, dict[str, Callable], int]  # a shape, the step of each provider, the bytes that it must move
 
 
 def cross_entropy(loss: str, z: Tensor, y: Tensor) -> Tensor:
-    """As after the warm-up of the confidence loss."""
+    """After the warm-up of the confidence loss."""
     return conf_loss.cross_entropy(z, train.LOSSES[loss](z.detach(), y, 1.0, CONFIG))
 
 
@@ -55,11 +51,11 @@ def by_kernel(loss: str, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return conf_loss.conf_loss(z, y, loss, CONFIG.aux_coef, CONFIG.alpha, CONFIG.beta)
 
 
-def gradients(forward: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+def gradients(forward: Callable, inputs: Callable) -> tuple[Tensor, ...]:
     """The loss, and by autograd its gradients at the inputs."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    loss = forward(*inputs)
-    return loss.detach(), *torch.autograd.grad(loss.sum(), inputs)
+    at = [x.detach().requires_grad_() for x in inputs()]
+    loss = forward(*at)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), at)
 
 
 def head_case(B: int, loss: str) -> Case:
@@ -72,38 +68,28 @@ def head_case(B: int, loss: str) -> Case:
     def forward(h: Tensor, w: Tensor) -> Tensor:
         return cross_entropy(loss, F.linear(h.to(w.dtype), w), y)
 
-    def eager(forward: Callable = forward) -> tuple:
-        return gradients(forward, hidden[rows.long()], weight)
-
     def ours() -> tuple:
         value, dz = by_kernel(loss, head_kernel.forward(hidden, rows, weight)[None], y[None])
         return value[0], *head_kernel.backward(hidden, rows, weight, dz[0])
 
+    steps = providers(forward, lambda: (hidden[rows.long()], weight), ours)
     n_bytes = 3 * B * D * hidden.element_size() + 3 * weight.nbytes
-    return Case(f"B={B} T={T} D={D} {str(hidden.dtype)[6:]}", providers(forward, eager, ours), n_bytes)
+    return f"B={B} T={T} D={D} {str(hidden.dtype)[6:]}", steps, n_bytes
 
 
 def heads_case(E: int, B: int, loss: str) -> Case:
     g = torch.Generator(DEVICE).manual_seed(0)
     logits, labels = (3 * torch.randn(E, B, 2, generator=g, device=DEVICE) for _ in range(2))
-    labels = labels.softmax(-1)
-
-    def forward(z: Tensor) -> Tensor:
-        return cross_entropy(loss, z, labels)
-
-    def eager(forward: Callable = forward) -> tuple:
-        return gradients(forward, logits)
-
-    def ours() -> tuple:
-        return by_kernel(loss, logits, labels)
-
-    return Case(f"E={E} B={B}", providers(forward, eager, ours), 3 * logits.nbytes)
+    y = labels.softmax(-1)
+    steps = providers(lambda z: cross_entropy(loss, z, y), lambda: (logits,), lambda: by_kernel(loss, logits, y))
+    return f"E={E} B={B}", steps, 3 * logits.nbytes
 
 
-def providers(forward: Callable, eager: Callable, ours: Callable) -> dict[str, Callable]:
-    """Those after `eager` need a GPU."""
+def providers(forward: Callable, inputs: Callable, ours: Callable) -> dict[str, Callable]:
+    """`forward` and its gradients at `inputs` by autograd; with a GPU, the same by torch.compile and by our kernels."""
     fast = torch.compile(forward, dynamic=False)
-    return {"eager": eager} | ({"compile": lambda: eager(fast), "ours": ours} if GPU else {})
+    steps = {"eager": partial(gradients, forward, inputs), "compile": partial(gradients, fast, inputs), "ours": ours}
+    return steps if GPU else {"eager": steps["eager"]}
 
 
 def finetune_case(E: int, loss: str, n: int = 512, D: int = 1536) -> Case:
@@ -112,13 +98,11 @@ def finetune_case(E: int, loss: str, n: int = 512, D: int = 1536) -> Case:
     labels = list(torch.randn(E, n, 2, generator=g, device=DEVICE).softmax(-1))
     configs = [train.TrainConfig(loss=loss, epochs=1, seed=e // 4) for e in range(E)]
 
-    def together() -> Tensor:
-        return heads.finetune_heads(x, labels, configs)
-
-    def one_by_one() -> list[Tensor]:
-        return [heads.finetune_heads(x, [y], [c]) for y, c in zip(labels, configs, strict=True)]
-
-    return Case(f"E={E} N={n} D={D}, {n // CONFIG.batch_size} steps", {"together": together, "one by one": one_by_one})
+    steps = {
+        "together": lambda: heads.finetune_heads(x, labels, configs),
+        "one by one": lambda: [heads.finetune_heads(x, [y], [c]) for y, c in zip(labels, configs, strict=True)],
+    }
+    return f"E={E} N={n} D={D}, {n // CONFIG.batch_size} steps", steps, 0
 
 
 def cases(row: str, loss: str) -> Iterator[Case]:
@@ -126,8 +110,8 @@ def cases(row: str, loss: str) -> Iterator[Case]:
     if row in BATCHES:
         yield head_case(BATCHES[row], loss)
     elif row == "T4":
-        for E, B in [(E, B) for E in (1, 64, 1024) for B in (32, 4096)] if GPU else [(1, 32), (64, 32)]:
-            yield heads_case(E, B, loss)
+        shapes = itertools.product((1, 64, 1024), (32, 4096)) if GPU else [(1, 32), (64, 32)]
+        yield from (heads_case(E, B, loss) for E, B in shapes)
     elif row == "H" and loss == "logconf":
         yield from (finetune_case(E, loss) for E in (1, 8, 32))
 
@@ -135,7 +119,7 @@ def cases(row: str, loss: str) -> Iterator[Case]:
 def measured_rows(args: Args) -> Iterator[dict]:
     """One row per case and provider."""
     bandwidth = copy_bandwidth()
-    for loss, name in [(loss, name) for loss in conf_loss.MODES for name in args.rows]:
+    for loss, name in itertools.product(conf_loss.MODES, args.rows):
         for shape, steps, n_bytes in cases(name, loss):
             torch.compiler.reset()
             floor = 1e3 * n_bytes / bandwidth

@@ -3,9 +3,9 @@
     python -m bench.orders --results out/tiny --task places_evidence --out orders --lr 3e-4 --batch-size 16
     torchrun --nproc-per-node 2 -m bench.orders ...      finetunings side by side
 
-For each form below and each debate seed a weak model is finetuned on train_a, with the debate seed as its own, and judges
-train_b. Prints accuracy over seeds with 95% intervals over seeds and items, paired with `transcript, question`. A finished
-judgement in --out is not made again.
+For each form and debate seed a weak model is finetuned on train_a, with the debate seed as its own, and judges train_b.
+Prints accuracy with 95% intervals over seeds and items, paired with `transcript, question`. A finished judgement in --out
+is not made again.
 """
 
 import dataclasses
@@ -15,18 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (
-    ALONE,
-    InputError,
-    check_out,
-    flag,
-    parse_dataclass,
-    print0,
-    read_jsonl,
-    run_script,
-    world,
-    write_jsonl,
-)
+from common import InputError, check_out, flag, parse_dataclass, print0, read_jsonl, run_script, world, write_jsonl
 from debate import PROMPTS, judge_input, with_evidence
 from model import Classifier, ModelSpec, resolve_dtype
 from report.stats import bootstrap_means, interval
@@ -36,10 +25,8 @@ from train import TrainConfig, finetune, predict, prediction_rows, soft_labels
 
 def question_around(run: Run, files: Files, part: str) -> list[dict]:
     """The question in front of the transcript too."""
-    plain = READ["nothing"](run, files, part)
-    return [
-        p | {"text": f"{p['text']}\n{s['text']}"} for p, s in zip(plain, READ["debate"](run, files, part), strict=True)
-    ]
+    plain, debated = READ["nothing"](run, files, part), READ["debate"](run, files, part)
+    return [p | {"text": f"{p['text']}\n{d['text']}"} for p, d in zip(plain, debated, strict=True)]
 
 
 def passage_last(run: Run, files: Files, part: str) -> list[dict]:
@@ -91,10 +78,10 @@ def judge(args: Args, classifier: Classifier, files: Files, form: str, seed: int
 def show(args: Args, files: Files) -> None:
     gold = np.array([r["label"] for r in read_jsonl(files.folder / "data/train_b.gold.jsonl")])
 
-    def answers(form: str, seed: int) -> np.ndarray:
-        return np.array([r["probs"] for r in read_jsonl(judgement(args, form, seed))]).argmax(1)
+    def correct_of(form: str, seed: int) -> np.ndarray:
+        return np.array([r["probs"] for r in read_jsonl(judgement(args, form, seed))]).argmax(1) == gold
 
-    correct = {form: np.stack([answers(form, seed) == gold for seed in args.seeds]) for form in args.forms}
+    correct = {form: np.stack([correct_of(form, seed) for seed in args.seeds]) for form in args.forms}
     draws = bootstrap_means(correct)
     base = "transcript, question" if "transcript, question" in correct else args.forms[0]
     print0(f"| the judge reads | per seed | mean | minus {base} |\n|---|---|---|---|")
@@ -102,10 +89,8 @@ def show(args: Args, files: Files) -> None:
         (low, high), (below, above) = interval(draws[form]), interval(draws[form] - draws[base])
         each = " ".join(f"{100 * x:.1f}" for x in c.mean(1))
         mean, less = 100 * c.mean(), 100 * (c.mean() - correct[base].mean())
-        paired = f"{less:+.1f} [{100 * below:+.1f}, {100 * above:+.1f}]"
-        print0(
-            f"| {form} | {each} | {mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] | {paired if form != base else ''} |"
-        )
+        paired = f"{less:+.1f} [{100 * below:+.1f}, {100 * above:+.1f}]" if form != base else ""
+        print0(f"| {form} | {each} | {mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] | {paired} |")
 
 
 def main() -> None:
@@ -114,13 +99,10 @@ def main() -> None:
     files = Files(Path(args.results) / args.task, args.task)
     for seed in args.seeds:
         if not files.transcripts("debate", seed, "train_b").exists() or not files.evidence("train_b").exists():
-            raise InputError(
-                f"--results {args.results} --task {args.task}: no debates of seed {seed} with evidence there"
-            )
+            raise InputError(f"--results {args.results} --task {args.task}: no debates of seed {seed} with evidence")
     missing = [(f, s) for f in args.forms for s in args.seeds if not judgement(args, f, s).exists()]
-    mine = missing[ranks.rank :: ranks.size]
-    if mine:
-        classifier = Classifier(ModelSpec.parse(args.weak), 2, resolve_dtype(args.dtype), ranks=ALONE)
+    if mine := missing[ranks.rank :: ranks.size]:
+        classifier = Classifier(ModelSpec.parse(args.weak), 2, resolve_dtype(args.dtype))
         for n, (form, seed) in enumerate(mine, 1):
             judge(args, classifier, files, form, seed)
             print0(f"{n} of {len(mine)}: {form}, debate seed {seed}")

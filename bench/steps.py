@@ -4,11 +4,10 @@
     python -m bench.steps --samples train.jsonl --model smollm2-135m      on the texts of a file
 
 The other loop takes minibatches padded to their longest sample, logits stacked, one loss, one backward. Same model and
-batches; every run in a process of its own, the providers in turns. The FLOPs of a step are counted as plan.py counts them;
-step_share is their rate over that of a plain matrix product in the same dtype, measured here. Peak memory is that of the
-process (on a CPU the resident set, libraries and loading included), planned what plan.py expects. Launches and waits of the
-CPU are those of a run of two steps less those of a run of one; STEM_profile.csv has what they are. The error is the largest
-difference of a step's loss from the first provider's.
+batches; every run in a process of its own, the providers in turns. step_share: FLOPs, as plan.py counts them, over the
+rate of a matrix product measured here. peak_gb: of the process (on a CPU the resident set, libraries included);
+planned_gb: plan.py's. Launches and waits: a run of two steps less a run of one; STEM_profile.csv lists them. error: the
+largest difference of a step's loss from the first provider's.
 """
 
 import dataclasses
@@ -52,10 +51,8 @@ class Args:
 
 def texts_of(args: Args, n: int) -> list[str]:
     if not args.samples:
-        r, common = (
-            random.Random(0),
-            "the a of to in is it that for was on are as with his they at be this from".split(),
-        )
+        common = "the a of to in is it that for was on are as with his they at be this from".split()
+        r = random.Random(0)
         return [" ".join(r.choices(common, k=r.randint(*args.words))) for _ in range(n)]
     texts = [r["text"] for r in read_samples(Path(args.samples), "text")]
     if len(texts) < n:
@@ -143,17 +140,14 @@ def step_rows(args: Args, profile: list[dict]) -> Iterator[dict]:
     labels, rate = torch.cat([y, 1 - y], 1), matmul_rate()
     lengths = [min(len(ids), config.max_tokens) for ids in load_tokenizer(spec)(texts)["input_ids"]]
     source = Path(args.samples).stem if args.samples else f"{args.words[0]}-{args.words[1]} words"
-    about = {
-        "model": args.model,
-        "texts": f"{source}, {sum(lengths) / len(lengths):.0f} tokens each",
-        "loss": config.loss,
-    }
+    mean = sum(lengths) / len(lengths)
+    about = {"model": args.model, "texts": f"{source}, {mean:.0f} tokens each", "loss": config.loss}
     runs: dict[str, list] = {name: [] for name in names}
     for i in range(args.rounds):
         for name in names if i % 2 == 0 else names[::-1]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                run = pool.submit(measure, name, spec, texts[i * n : (i + 1) * n], labels, config)
-                runs[name].append(run.result())
+                batch = texts[i * n : (i + 1) * n]
+                runs[name].append(pool.submit(measure, name, spec, batch, labels, config).result())
     first = [row for log, _, _ in runs[names[0]] for row in log]
     for name in names:
         logs, peaks, (calls, *_) = zip(*runs[name], strict=True)

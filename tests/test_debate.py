@@ -12,7 +12,7 @@ from conftest import ROOT, run
 import debate
 from common import read_jsonl, stable_hash, write_jsonl
 from data.prepare import TASKS
-from debate import debate_prompt, encode_question, make_transcripts, run_protocol
+from debate import encode_question, make_transcripts, run_protocol
 from generate import ENGINES, DebateConfig, Debater, sample, splitmix64
 from model import ModelSpec
 
@@ -25,6 +25,11 @@ ASKED = (  # by turn in Table 1 of paper.md; in Table 3 the first in all turns
     "Construct your argument for why the answer is {} and list out flaws in your opponent's argument.",
     "Construct the counterargument to opponent's argument.",
 )
+
+
+def debate_prompt(task: str, protocol: str, turn: int, side: int) -> str:
+    """Introduction and instruction in one, as Tables 1 and 3 print them."""
+    return f"{debate.introduction(task, protocol)} {debate.instruction(task, protocol, turn, side)}"
 
 
 @pytest.mark.parametrize("protocol", debate.PROTOCOLS)
