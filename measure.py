@@ -14,9 +14,9 @@ import debate
 import train
 from common import InputError, print0, world
 from generate import ENGINES, DebateConfig
-from model import Classifier, device
+from model import device
 from sizes import GPUS, Gpu, shape_of
-from steps import Run
+from steps import Held, Run
 
 
 def machine(config) -> tuple[str, Gpu, int]:
@@ -89,9 +89,7 @@ def debate_once(plan, work) -> float:
 
 def train_once(plan, run) -> float:
     ranks = world().split(plan.group(run))
-    adapters = (run.train.lora_rank, run.train.lora_alpha)
-    classifier = Classifier(run.model, 2, getattr(torch, plan.c.dtype), plan.c.kernels, ranks, *adapters)
-    length = plan.read(run, plan.longest)
+    classifier, length = Held().classifier(run.model, run.train, ranks), plan.read(run, plan.longest)
     config = dataclasses.replace(run.train, epochs=1, max_tokens=length)
     texts = [words(classifier.tokenizer, 2 * length)] * config.batch_size
 

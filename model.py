@@ -109,14 +109,12 @@ def loading(spec: ModelSpec) -> Iterator[None]:
 
 def load_config(spec: ModelSpec, **changes):
     """The model's configuration with `changes`, cut to its first `layers` blocks where asked."""
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
+    logging = transformers.utils.logging
     logging.set_verbosity_error()  # its notes on unused and new weights are what cutting and a new head must cause
     logging.disable_progress_bar()
     source = spec.source()
     with loading(spec):
-        config = AutoConfig.from_pretrained(**source, **changes, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(**source, **changes, trust_remote_code=False)
     for name in vars(config):
         if name.endswith(("dropout", "pdrop")):
             setattr(config, name, 0.0)  # also where activation checkpointing asks for training mode
@@ -130,11 +128,9 @@ def load_config(spec: ModelSpec, **changes):
 
 
 def load_tokenizer(spec: ModelSpec):
-    from transformers import AutoTokenizer
-
     rows = load_config(spec).vocab_size  # says in one line what is wrong with the model's name
     with loading(spec):
-        tokenizer = AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
     if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         why = f"its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}"
         raise InputError(f"model {spec.name!r}: {why}; give the model its own tokenizer")

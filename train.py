@@ -53,8 +53,7 @@ def product(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConf
 def logconf(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConfig") -> Tensor:
     """(1 - c) y + c h, K = 2: the auxiliary confidence loss (Burns et al. 2312.09390, section 4.3.2; OpenAI weak-to-strong code).
 
-    h is the prediction hardened at the threshold that keeps the classes as frequent as in the labels: the quantile of
-    p[:, 0] over the whole batch at q = mean y[:, 1]. Raises ValueError for K other than 2.
+    h is the prediction, hardened so that the classes are as frequent in the whole batch as in its labels.
     """
     return conf_loss.logconf_target(logits, labels, aux_weight(step_frac, config))
 
