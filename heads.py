@@ -4,15 +4,13 @@ Head e becomes what a finetuning with `configs[e]` would make of it if all other
 N samples, B batch, D width, K classes.
 """
 
-from collections import Counter
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from kernels import resolve
 from model import Classifier, to_device
-from train import LOSSES, TrainConfig, batches, check_finite, forward_all, loss_and_gradient, lr_at
+from train import TrainConfig, batches, check_finite, forward_all, loss_and_gradient, lr_at
 
 
 def finetune_and_predict(
@@ -20,40 +18,32 @@ def finetune_and_predict(
 ) -> list[dict[str, Tensor]]:
     """By each of E heads the class probabilities [N, K] of every part's texts. Head e learns `part` with labels[e] [N, K]."""
     dev = classifier.model.device
-
     x = {name: forward_all(classifier, t, configs[0], classifier.features).to(dev) for name, t in texts.items()}
     weights = finetune_heads(x[part], [y.to(dev) for y in labels], configs, classifier.kernels)
-    probs = [{name: (x[name] @ w.T).softmax(-1).cpu() for name in x} for w in weights]
-    for of_head in probs:
-        for p in of_head.values():
-            check_finite(p)
-    return probs
+    return [{name: check_finite((x[name] @ w.T).softmax(-1).cpu()) for name in x} for w in weights]
 
 
 def finetune_heads(x: Tensor, labels: list[Tensor], configs: list[TrainConfig], kernels: str = "auto") -> Tensor:
-    """Heads alone, E at once, on frozen features x [N, D] with E soft labels [N, K]: weights [E, K, D].
+    """Weights [E, K, D] of E heads on frozen features x [N, D] with E soft labels [N, K].
 
-    Head e becomes what `configs[e]` would make of it alone: same order, loss and schedule. All must agree in number of
-    steps and batch size.
+    All configurations must agree in number of steps and batch size.
     """
     labels, n_classes, kernels = torch.stack(labels), labels[0].shape[-1], resolve(kernels)
-    seeds = list(dict.fromkeys(c.seed for c in configs))  # heads of one seed read the same batches
-    count = Counter(c.seed for c in configs)
-    n_slots = max(count.values())
-    seed_of = [seeds.index(c.seed) for c in configs]
-    slots = [n_slots * s + (count.subtract([c.seed]) or count[c.seed]) for s, c in zip(seed_of, configs, strict=True)]
-    weight = torch.zeros(len(seeds) * n_slots, n_classes, x.shape[-1], device=x.device, requires_grad=True)
+    by_seed = {c.seed: c for c in configs}  # heads of one seed read the same batches
+    seed_of = [list(by_seed).index(c.seed) for c in configs]
+    n_slots = max(map(seed_of.count, seed_of))
+    slots = [n_slots * s + seed_of[e + 1 :].count(s) for e, s in enumerate(seed_of)]  # of a head in `weight`
+    weight = torch.zeros(len(by_seed) * n_slots, n_classes, x.shape[-1], device=x.device, requires_grad=True)
     adam = torch.optim.Adam([weight], fused=True)
-    alike = {loss: [e for e, c in enumerate(configs) if c.loss == loss] for loss in LOSSES}
-    orders = [batches(len(x), next(c for c in configs if c.seed == seed)) for seed in seeds]
-    orders = list(zip(*orders, strict=True))
+    alike = [[e for e, c in enumerate(configs) if c.loss == loss] for loss in {c.loss for c in configs}]
+    orders = list(zip(*(batches(len(x), c) for c in by_seed.values()), strict=True))
     for step, order in enumerate(tqdm(orders, desc=f"{len(configs)} heads", leave=False, disable=None)):
         index = to_device(torch.tensor(order), x.device)  # [seeds, B]
-        z = x[index] @ weight.view(len(seeds), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
+        z = x[index] @ weight.view(len(by_seed), -1, x.shape[-1]).mT  # [seeds, B, slots * K]
         z = z.unflatten(-1, (n_slots, -1)).transpose(1, 2).flatten(0, 1)[slots]  # [E, B, K]
         y = labels.take_along_dim(index[seed_of][..., None], 1)
         gradient = torch.empty_like(z)
-        for e in filter(None, alike.values()):
+        for e in alike:
             gradient[e] = loss_and_gradient(z[e].detach(), y[e], step / len(orders), configs[e[0]], kernels)[1]
         weight.grad = None
         z.backward(gradient)  # not autograd.grad: fused Adam assumes the parameter's strides

@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2106.09685): a frozen layer W learns as W + (alpha / r) B A.
 
-Written here and not taken from peft, whose wrapper of the model would stand between it and what is ours: attention that is
-told of the packing, blocks that are checkpointed and compiled one by one, an optimizer that is reset in place. The folders
-are peft's. Shapes: A [r, in], B [out, r].
+Not taken from peft, whose wrapper would stand between the model and packed attention, blocks that are checkpointed and
+compiled one by one, and an optimizer that is reset in place. The folders are peft's. Shapes: A [r, in], B [out, r].
 """
 
 import json
@@ -36,10 +35,7 @@ class LoraLinear(nn.Module):
 
 
 def attach(model: nn.Module, blocks: Iterable[nn.Module], rank: int, alpha: int) -> list[nn.Parameter]:
-    """Freeze the model and give every linear layer of its blocks an adapter: their weights, A and B in turn.
-
-    The list is empty where the blocks have no such layer.
-    """
+    """Freeze the model and give every linear layer that its blocks have an adapter: their weights, A and B in turn."""
     model.requires_grad_(False)
     adapters = []
     for block in blocks:

@@ -14,8 +14,9 @@ import debate
 import train
 from common import InputError, print0, world
 from generate import ENGINES, DebateConfig
-from model import Classifier, device
+from model import device
 from sizes import GPUS, Gpu, shape_of
+from steps import Held, Run
 
 
 def machine(config) -> tuple[str, Gpu, int]:
@@ -55,10 +56,7 @@ def peak_memory(reset: bool = False) -> int:
 
 
 def compare(peaks: dict) -> None:
-    """Measure one longest batch of each kind of finetuning, and of debates; print it beside the estimate.
-
-    `peaks`: kind -> (GB, plan, work). Under torchrun every rank takes part.
-    """
+    """Measure a longest batch of each kind in `peaks` of finetuning and debates, on all ranks; print it beside the estimate."""
     print0("\nmeasured here, an optimizer step or a batch of debates on the longest samples (estimated):")
     for kind, (gb, plan, work) in peaks.items():
         if kind.startswith("finetune") or kind == "debates debate":
@@ -71,7 +69,7 @@ def compare(peaks: dict) -> None:
 
 def estimated(plan, work) -> float:
     """Seconds of the same batch by the plan's assumptions."""
-    if type(work).__name__ == "Run":
+    if isinstance(work, Run):
         return max(plan.train_step(work, plan.read(work, plan.longest)).values())
     m, (turns, seeds) = shape_of(work.model), plan.longest_debate(work)
     size = plan.samples(work, turns, seeds, plan.longest)
@@ -91,9 +89,7 @@ def debate_once(plan, work) -> float:
 
 def train_once(plan, run) -> float:
     ranks = world().split(plan.group(run))
-    adapters = (run.train.lora_rank, run.train.lora_alpha)
-    classifier = Classifier(run.model, 2, getattr(torch, plan.c.dtype), plan.c.kernels, ranks, *adapters)
-    length = plan.read(run, plan.longest)
+    classifier, length = Held().classifier(run.model, run.train, ranks), plan.read(run, plan.longest)
     config = dataclasses.replace(run.train, epochs=1, max_tokens=length)
     texts = [words(classifier.tokenizer, 2 * length)] * config.batch_size
 

@@ -72,25 +72,25 @@ class ModelSpec:
 
 def check_folder(folder: Path) -> None:
     """Raises InputError where a model's folder leads out of itself or could not be a model's. Nothing of it is loaded."""
+    model = f"model {str(folder)!r}"
     roots = (folder.resolve(), folder.resolve().parent.parent / "blobs")  # where the hub's own cache keeps the files
     for file in folder.rglob("*"):
         if file.is_symlink() and not any(file.resolve().is_relative_to(r) for r in roots):
-            raise InputError(f"model {str(folder)!r}: {file.name} is a link out of the folder; copy the file into it")
+            raise InputError(f"{model}: {file.name} is a link out of the folder; copy the file into it")
         if file.suffix == ".json" and file.stat().st_size > 100 * 2**20:
-            raise InputError(f"model {str(folder)!r}: {file.name} has {file.stat().st_size} bytes, too many for JSON")
+            raise InputError(f"{model}: {file.name} has {file.stat().st_size} bytes, too many for JSON")
     config = read_json(folder / "config.json")
     if not config:
         what = "no" if config is None else "no readable"
-        raise InputError(f"model {str(folder)!r}: {what} config.json there; name a Hugging Face model's folder")
+        raise InputError(f"{model}: {what} config.json there; name a Hugging Face model's folder")
     if config.get("model_type") == "qwen":
-        how = f"`python -m data.convert_qwen {folder} OUT` converts it"
-        raise InputError(f"model {str(folder)!r}: a first-generation Qwen; {how}")
+        raise InputError(f"{model}: a first-generation Qwen; `python -m data.convert_qwen {folder} OUT` converts it")
     shards = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map", {})
     names = set(map(str, shards.values())) if isinstance(shards, dict) else {"weight_map"}
     for name in names or {"model.safetensors"}:
         if Path(name).name != name or not (folder / name).is_file():
-            only = "; of weights, only safetensors files in the folder itself are loaded, never pickles"
-            raise InputError(f"model {str(folder)!r}: no file {name!r} there{only}")
+            only = "of weights, only safetensors files in the folder itself are loaded, never pickles"
+            raise InputError(f"{model}: no file {name!r} there; {only}")
 
 
 @contextlib.contextmanager
@@ -109,14 +109,12 @@ def loading(spec: ModelSpec) -> Iterator[None]:
 
 def load_config(spec: ModelSpec, **changes):
     """The model's configuration with `changes`, cut to its first `layers` blocks where asked."""
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
+    logging = transformers.utils.logging
     logging.set_verbosity_error()  # its notes on unused and new weights are what cutting and a new head must cause
     logging.disable_progress_bar()
     source = spec.source()
     with loading(spec):
-        config = AutoConfig.from_pretrained(**source, **changes, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(**source, **changes, trust_remote_code=False)
     for name in vars(config):
         if name.endswith(("dropout", "pdrop")):
             setattr(config, name, 0.0)  # also where activation checkpointing asks for training mode
@@ -130,11 +128,9 @@ def load_config(spec: ModelSpec, **changes):
 
 
 def load_tokenizer(spec: ModelSpec):
-    from transformers import AutoTokenizer
-
     rows = load_config(spec).vocab_size  # says in one line what is wrong with the model's name
     with loading(spec):
-        tokenizer = AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**spec.source(), trust_remote_code=False)
     if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         why = f"its tokenizer has token {highest}, the model's vocabulary ends at {rows - 1}"
         raise InputError(f"model {spec.name!r}: {why}; give the model its own tokenizer")
@@ -151,11 +147,10 @@ def load_model(spec: ModelSpec, auto_class, dtype, attn_implementation: str = "s
     the processes. Raises InputError where the file lacks a weight (but a new head, `score`), which would be left random.
     """
     config = load_config(spec, **changes)
-    more = {"distributed_config": parallel} if parallel else {}
     with loading(spec):
         model, found = auto_class.from_pretrained(
             **spec.source(), config=config, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True, **more,
+            trust_remote_code=False, output_loading_info=True, distributed_config=parallel,
         )  # fmt: skip
     if lacking := sorted(name for name in found["missing_keys"] if not name.startswith("score.")):
         raise InputError(f"model {spec.name!r}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
@@ -213,10 +208,7 @@ def refuse_special_attention(module, longest: int, options: dict) -> None:
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, pack: Pack = None, **options):
-    """Causal attention inside each sample of a packed batch: query [1, H, T, d], key, value [1, H_kv, T, d] -> [1, T, H, d].
-
-    Raises InputError where the model asks for more than that.
-    """
+    """Causal attention inside each sample of a packed batch: query [1, H, T, d], key, value [1, H_kv, T, d] -> [1, T, H, d]."""
     B, L, groups = len(pack.lengths), max(pack.lengths), query.shape[1] // key.shape[1]
     refuse_special_attention(module, L, options)
     if query.is_cuda and query.dtype == torch.bfloat16 and query.shape[3] % 8 == 0:
@@ -251,10 +243,9 @@ class Classifier:
         lora_rank: int = 0, lora_alpha: int = 0,
     ):  # fmt: skip
         self.kernels, self.ranks, self.sharded = resolve(kernels), ranks, ranks.size > 1 and not lora_rank
-        self.tokenizer = load_tokenizer(spec)
+        self.spec, self.dtype, self.n_classes, self.tokenizer = spec, dtype, n_classes, load_tokenizer(spec)
         eager = torch.compiler.disable(packed_attention)  # lengths differ: every batch would compile a graph of its own
         transformers.AttentionInterface.register("packed", eager)
-        self.spec, self.dtype, self.n_classes = spec, dtype, n_classes
         self.model = self.load()
         if not hasattr(self.model, "score"):
             raise InputError(f"model {spec.name!r}: a {self.model.config.model_type} is no decoder-only language model")
@@ -279,14 +270,13 @@ class Classifier:
         return load_model(self.spec, auto_class, "auto", num_labels=self.n_classes, attn_implementation="packed")
 
     def shard(self) -> None:
-        """Spread float32 weights, gradients and moments over the ranks of the group (FSDP2); a block is whole while it
-        computes. Blocks become float32 one after the other."""
+        """Spread float32 weights, gradients and moments over the ranks (FSDP2). A block is whole only while it computes."""
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = DeviceMesh.from_group(self.ranks.group or torch.distributed.group.WORLD, device().type)
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        for module in (*self.blocks, self.model.base_model):  # the head stays whole on every rank
+        for module in (*self.blocks, self.model.base_model):  # float32 one after the other; the head stays whole
             fully_shard(module.to(device(), torch.float32), mesh=mesh, mp_policy=policy)
 
     @functools.cached_property
@@ -321,10 +311,8 @@ class Classifier:
     def hidden(self, samples: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Hidden states [T, D] after the final norm, of one packed forward, and which rows of them are last tokens [B]."""
         ids, positions, where = pack(samples, self.model.device)
-        hidden = self.model.base_model(
-            input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, pack=where
-        ).last_hidden_state[0]
-        return hidden, where.cu_seqlens[1:] - 1
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None, "pack": where}
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state[0], where.cu_seqlens[1:] - 1
 
     def features(self, samples: list[list[int]]) -> Tensor:
         """What the head reads, float32 [B, D]."""
@@ -347,8 +335,7 @@ class Classifier:
 
 
 def save_model(classifier: Classifier, folder: Path, settings, trained_on: str) -> None:
-    """An ordinary folder with a model card, by rank 0 of the group: Hugging Face's, loadable by
-    AutoModelForSequenceClassification, or of adapters alone, loadable by peft."""
+    """A folder with a model card, by rank 0 of the group: for AutoModelForSequenceClassification, or adapters for peft."""
     spec, model = classifier.spec, classifier.model
     weights, state = {}, {} if classifier.adapters else model.state_dict()
     for name, x in state.items():

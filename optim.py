@@ -5,11 +5,8 @@ from torch import Tensor
 
 
 class MasterAdam:
-    """Adam on float32 master weights, of a sharded parameter on this rank's shard. A float32 parameter is its own master;
-    a bfloat16 one is its master's rounded copy, and its gradients are summed in float32.
-
-    Rounded parameters are handled as lists: few launches, however many they are. The buffers serve run after run.
-    """
+    """Adam on float32 master weights. A float32 parameter is its own master; a bfloat16 one is its master's rounded copy,
+    its gradients summed in float32. Rounded ones are handled as lists: few launches, however many they are."""
 
     def __init__(self, params: list[Tensor]):
         self.params, self.masters = params, [local_shard(p).float() for p in params]
@@ -62,8 +59,7 @@ def local_shard(x: Tensor) -> Tensor:
 
 
 def shard_of(whole: Tensor, p: Tensor) -> Tensor:
-    """The rows of `whole` that are this rank's shard of `p`: FSDP2 cuts the first dimension into equal parts, the last
-    ones shorter or empty."""
+    """This rank's shard of `p` in `whole`: FSDP2 cuts the first dimension into equal parts, the last ones shorter or empty."""
     if not hasattr(p, "device_mesh"):
         return whole
     rows = -(-len(whole) // p.device_mesh.size())

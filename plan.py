@@ -19,6 +19,7 @@ from generate import batch_size
 from measure import compare, machine
 from model import ModelSpec
 from sizes import CPU_CACHE_TOKENS, SIZES, Gpu, Shape, decoding_memory, fitting_tokens, shape_of
+from steps import Debates, Run, ZeroShot
 
 CHARACTERS = 4.3  # per token of English
 INTRODUCTION, INSTRUCTION, LABEL = 30, 25, 7  # tokens: before the sample, of a turn's instruction, of a speaker's name
@@ -36,11 +37,12 @@ def sizes_of(task: str) -> tuple[int, ...]:
 @functools.cache
 def counted(task: str) -> tuple[int, ...]:
     """What SIZES holds of a task, from its rows: tokens by characters."""
-    splits = [load_rows(task, split, None)[:most] for split, most in (("train", TRAIN_CAP), ("test", TEST_CAP))]
-    lengths = [
-        [math.ceil(len(r.get(f, "")) / CHARACTERS) for rows in splits for r in rows] for f in ("text", "evidence")
-    ]
-    return *map(len, splits), *(n for of in lengths for n in (math.ceil(sum(of) / len(of)), max(of)))
+    train, test = load_rows(task, "train", None)[:TRAIN_CAP], load_rows(task, "test", None)[:TEST_CAP]
+    sizes = [len(train), len(test)]
+    for field in ("text", "evidence"):
+        tokens = [math.ceil(len(r.get(field, "")) / CHARACTERS) for r in train + test]
+        sizes += [math.ceil(sum(tokens) / len(tokens)), max(tokens)]
+    return tuple(sizes)
 
 
 class Plan:
@@ -61,13 +63,11 @@ class Plan:
 
     def kind(self, work) -> str:
         """Stages of one kind differ in memory only by the lengths of what they read."""
+        if isinstance(work, Debates):
+            return f"debates {work.protocol}"
         role = "weak" if work.model == ModelSpec.parse(self.c.weak) else "strong"
-        match type(work).__name__:
-            case "Debates":
-                return f"debates {work.protocol}"
-            case "ZeroShot":
-                return f"zero-shot {role}"
-        return f"{'heads' if work.heads else 'finetune'} {role}"
+        what = "zero-shot" if isinstance(work, ZeroShot) else "heads" if work.heads else "finetune"
+        return f"{what} {role}"
 
     def group(self, run) -> int:
         """GPUs that share a finetuning; heads are trained on one."""
@@ -118,8 +118,7 @@ class Plan:
         return limits if self.gpu.cpu else limits | {"launches": m.blocks * LAUNCHES}
 
     def train_step(self, run, tokens: int) -> dict[str, float]:
-        """Seconds of an optimizer step, by what may limit it; the link carries two gathers and a float32 reduction, or the
-        float32 gradients of adapters there and back."""
+        """Seconds of an optimizer step, by what may limit it (see LEGEND)."""
         m, G, rank = shape_of(run.model), self.group(run), self.c.lora_rank
         computed = self.each * m.body * self.c.batch_size * tokens / G
         sent = (8 * m.adapters(rank) if rank else (2 * self.e + 4) * m.body) * (G - 1) / G
@@ -128,8 +127,8 @@ class Plan:
     def cost(self, work) -> Counter:
         """Tokens, FLOPs, steps, bytes on disk, and the run's seconds by the assumption that they rest on."""
         m, total, at_once = shape_of(work.model), Counter(), self.gpus  # so many GPUs read
-        match type(work).__name__:
-            case "Debates":
+        match work:
+            case Debates():
                 for turns, seeds in Counter(work.turns.values()).items():
                     samples, spoken = self.samples(work, turns, seeds, self.mean), 2 * self.half * seeds * turns
                     steps = 2 * math.ceil(self.half / samples) * turns * self.c.max_new_tokens
@@ -138,10 +137,10 @@ class Plan:
                     total.update(steps=steps, stepping=steps * max(step.values()), said=spoken * self.c.max_new_tokens)
                     total["read"] += 2 * self.half * self.prompts(turns, seeds, self.mean)
                     total["bytes"] += spoken * (5 * self.c.max_new_tokens + 200)
-            case "ZeroShot":
+            case ZeroShot():
                 length = INTRODUCTION + INSTRUCTION + self.mean[0] + work.evidence * self.mean[1]
                 total["read"] = (self.half + self.tests) * length
-            case "Run":
+            case Run():
                 length, G, at_once = self.read(work, self.mean), self.group(work), 1 if work.heads else self.gpus
                 rows = {"train_b": (self.half, length), "test": (self.tests, self.mean[0])}
                 total["read"] = sum(math.prod(rows[part]) for part in work.predicts) + work.heads * self.half * length
@@ -149,10 +148,8 @@ class Plan:
                 kept = (4 if G > 1 else self.e) * (m.body + m.V * m.D)
                 total["bytes"] += work.keep * (4 * m.adapters(self.c.lora_rank) or kept)
                 if not work.heads:
-                    steps, step = (
-                        math.ceil(self.half / self.c.batch_size) * self.c.epochs,
-                        self.train_step(work, length),
-                    )
+                    steps = math.ceil(self.half / self.c.batch_size) * self.c.epochs
+                    step = self.train_step(work, length)
                     total.update({max(step, key=step.get): steps * max(step.values()) * G / self.gpus})
                     total.update(steps=steps, stepping=steps * max(step.values()))
                     total["trained"] = self.half * length * self.c.epochs
@@ -163,10 +160,9 @@ class Plan:
     def memory(self, work) -> dict[str, float]:
         """Peak bytes per GPU by part; none for zero-shot reading, which needs less than debates."""
         c, m, e = self.c, shape_of(work.model), self.e
-        embedding, name = m.V * m.D, type(work).__name__
-        if name == "ZeroShot":
+        if isinstance(work, ZeroShot):
             return {}
-        if name == "Debates":
+        if isinstance(work, Debates):
             turns, seeds = self.longest_debate(work)
             longest = seeds * (INTRODUCTION + sum(self.longest) + INSTRUCTION + turns * self.said)
             tokens = max(self.cache_tokens(work), longest)
@@ -176,7 +172,7 @@ class Plan:
             return self.debating_models(work) | used
         G, longest = self.group(work), self.read(work, self.longest)
         if work.heads:
-            return {"weights": e * (m.body + embedding), "activations": e * max(longest, 4096) * (2 * m.D + 3 * m.F)}
+            return {"weights": e * (m.body + m.V * m.D), "activations": e * max(longest, 4096) * (2 * m.D + 3 * m.F)}
         tokens = max(longest, min(math.ceil(c.batch_size / G) * longest, c.max_tokens_per_forward))
         return finetuning_memory(m, G, tokens, longest, c.checkpointing, e, self.gpu.cpu, c.lora_rank)
 
@@ -184,17 +180,14 @@ class Plan:
 def finetuning_memory(
     m: Shape, group: int, tokens: int, longest: int, checkpointing: bool, e: int, cpu: bool, rank: int
 ) -> dict:
-    """Peak bytes per GPU of a step on `tokens` in one forward, of samples up to `longest`, e bytes per element, by part.
-
-    `rank` of adapters on a frozen copy of the model, or 0.
-    """
+    """Peak bytes per GPU, by part, of a step on `tokens` in one forward, of samples up to `longest`; `rank` of adapters or 0."""
     kept = e * (8 * m.D + 2 * m.d * (m.heads + m.kv_heads) + 4 * m.F)  # per token and block
     kept += 4 * m.heads * longest * cpu  # scores, which attention on a GPU does not store
     activations = tokens * (e * m.D * (m.blocks - 1) + kept if checkpointing else m.blocks * kept)
-    # float32 weights, gradients, two moments; of an unsharded bfloat16 model also its copy and that one's gradient
-    state = (20 if group == 1 and e == 2 else 16) * (m.body + m.V * m.D) / group
     if rank:
         return {"frozen": e * (m.body + m.V * m.D), "adapters": 16 * m.adapters(rank), "activations": activations}
+    # float32 weights, gradients, two moments; of an unsharded bfloat16 model also its copy and that one's gradient
+    state = (20 if group == 1 and e == 2 else 16) * (m.body + m.V * m.D) / group
     gathered = {"gathered": e * m.V * m.D + (3 * e + 4) * m.body / m.blocks} if group > 1 else {}
     return {"state": state, "activations": activations} | gathered
 
@@ -228,7 +221,7 @@ def fitting(experiments: list, gpu: Gpu, gpus: int) -> dict | None:
         if gb <= usable:
             return changes
         c = plan.c
-        if type(work).__name__ == "Debates":
+        if isinstance(work, Debates):
             fewer = range(plan.cache_tokens(work) // 1000 * 1000, 0, -1000)
             ways = [*({"cache_tokens": n} for n in fewer), {"engine": "sharded"}]
         else:
@@ -285,7 +278,7 @@ def show(experiments: list) -> None:
     texts: set[tuple] = set()  # that heads read: they become features once
     for plan, work in works(experiments, gpu, gpus, {}):
         cost, key = plan.cost(work), (plan.task, plan.kind(work))
-        if type(work).__name__ == "Run":
+        if isinstance(work, Run):
             key = plan.task, f"{plan.kind(work)} {work.reads}" + f" t{work.turns}" * (work.turns > 0)
             text = *key, getattr(work, "debate_seed", work.name)
             cost = Counter(bytes=cost["bytes"]) if work.heads and text in texts else cost

@@ -83,9 +83,7 @@ def shape_of(spec: ModelSpec) -> Shape:
         raise InputError(f"model {spec.name!r}: plan needs a configuration like Llama's: {e}") from None
 
 
-def decoding_memory(
-    m: Shape, e: int, tokens: float, rows: float, read: float, shares: int = 1, cpu: bool = False
-) -> dict:
+def decoding_memory(m: Shape, e: int, tokens: float, rows: float, read: float, shares=1, cpu=False) -> dict:
     """Bytes by part, beside the weights, of `rows` debates that hold `tokens` keys and values of e bytes each and read `read`
     tokens in one forward; `shares` processes share the keys."""
     parts = {"logits": (12 if cpu else 40) * rows * m.V}  # a GPU has float64 noise on all of them

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from common import (
     ALONE,
     InputError,
-    Ranks,
     check_out,
     dump_row,
     flag,
@@ -54,8 +53,7 @@ def product(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConf
 def logconf(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConfig") -> Tensor:
     """(1 - c) y + c h, K = 2: the auxiliary confidence loss (Burns et al. 2312.09390, section 4.3.2; OpenAI weak-to-strong code).
 
-    h is the prediction hardened at the threshold that keeps the classes as frequent as in the labels: the quantile of
-    p[:, 0] over the whole batch at q = mean y[:, 1]. Raises ValueError for K other than 2.
+    h is the prediction, hardened so that the classes are as frequent in the whole batch as in its labels.
     """
     return conf_loss.logconf_target(logits, labels, aux_weight(step_frac, config))
 
@@ -82,10 +80,9 @@ def loss_and_gradient(logits: Tensor, labels: Tensor, step_frac: float, config: 
 def check_kernel(config: "TrainConfig", kernels: str, dev: torch.device) -> None:
     """Raises InputError where the kernel computes another loss than LOSSES does, as after an edit of the latter."""
     z, y = (torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(dev) for i in (0, 1))
-    found, wanted = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
-    if abs(found - wanted) > 1e-4 * (1 + abs(wanted)):
-        why = f"the kernel gives {found}, train.py {wanted}"
-        raise InputError(f"loss {config.loss!r}: {why}; choose --kernels reference")
+    got, want = (loss_and_gradient(z, y.softmax(-1), 1.0, config, k)[0].item() for k in (kernels, "reference"))
+    if abs(got - want) > 1e-4 * (1 + abs(want)):
+        raise InputError(f"loss {config.loss!r}: the kernel gives {got}, train.py {want}; choose --kernels reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +95,7 @@ class TrainConfig:
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
     kernels: str = flag("auto", "head and loss: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True)
-    max_tokens_per_forward: int = flag(
-        32768, "most tokens in one forward; changes the result by rounding alone", int, speed=True
-    )
+    max_tokens_per_forward: int = flag(32768, "most tokens in one forward; changes rounding alone", int, speed=True)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool, speed=True)
     compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool, speed=True)
     alpha: float = flag(1.0, "product loss: exponent of the labels", float)
@@ -108,12 +103,8 @@ class TrainConfig:
     aux_coef: float = flag(0.5, "logconf loss: weight of the model's own hardened predictions", float)
     warmup_frac: float = flag(0.1, "logconf loss: share of the steps over which that weight ramps up", float)
     aux_warmup: str = flag("openai", "logconf loss: multiply by the step fraction and jump, or rise linearly", choices=("openai", "linear"))  # fmt: skip
-    lora_rank: int = flag(
-        0, "train adapters of this rank on the frozen model's linear layers (0: the whole model)", int
-    )
-    lora_alpha: int = flag(  # a constant: with it the best learning rate is about the same at any rank
-        32, "adapters count alpha / rank times", int
-    )
+    lora_rank: int = flag(0, "train adapters of this rank on the frozen model's linear layers (0: whole model)", int)
+    lora_alpha: int = flag(32, "adapters count alpha / rank times", int)  # so the best rate hardly depends on the rank
 
 
 # ---- how a batch is split ----
@@ -161,8 +152,7 @@ def finetune(
 ) -> dict:  # fmt: skip
     """Train `classifier` from its pretrained weights on soft labels [N, K]; returns tokens, steps, cut inputs and the log.
 
-    The loss is that of the whole batch whatever `max_tokens_per_forward` and the number of ranks are, to rounding. Two
-    equal runs give the same bits in float32; in bfloat16 on a GPU, FlashAttention's backward adds in no fixed order.
+    Two equal runs give the same bits in float32; in bfloat16 on a GPU, FlashAttention's backward adds in no fixed order.
     Rows of the log {step, loss, lr, tokens, seconds} go to `steps_file` and `tracker` as training goes on. Raises
     ValueError on labels that are no probabilities, FloatingPointError on a loss that is not finite.
     """
@@ -192,9 +182,7 @@ class StepLog:
     Reading a loss synchronises with the GPU: there it is done every 20 steps, or after 5 s.
     """
 
-    def __init__(
-        self, name: str, n_steps: int, file: Path | None = None, tracker: Tracker | None = None, ranks: Ranks = ALONE
-    ):  # fmt: skip
+    def __init__(self, name: str, n_steps: int, file: Path | None = None, tracker: Tracker | None = None, ranks=ALONE):
         self.name, self.n_steps, self.ranks, self.start = name, n_steps, ranks, time.time()
         self.file, self.tracker = (file, tracker) if ranks.rank == 0 else (None, None)
         self.rows: list[dict] = []
@@ -233,7 +221,7 @@ class StepLog:
 def backward_batch(classifier, tokens: list[list[int]], y: Tensor, step_frac: float, config, max_tokens: int) -> Tensor:
     """Forward, loss, backward, accumulate: the loss of the whole batch, on every rank; its gradients are the optimizer's.
 
-    Every rank runs its share of the samples. With several micro-batches the logits are computed first without gradient,
+    Neither `max_tokens` nor the number of ranks changes it, but for rounding. With several micro-batches the logits are computed first without gradient,
     the loss is differentiated at them, and each micro-batch is run again and pushed back from its rows of that gradient.
     A rank with nothing left runs a sample whose gradient is zero, so that collectives match.
     """
@@ -307,15 +295,14 @@ def forward_all(classifier: Classifier, texts: list[str], config: TrainConfig, f
 
 def predict(classifier: Classifier, texts: list[str], config: TrainConfig) -> Tensor:
     """Class probabilities [N, K], float32 on the CPU. Raises FloatingPointError on logits that are not finite."""
-    probs = forward_all(classifier, texts, config, classifier.logits).softmax(-1)
-    check_finite(probs)
-    return probs
+    return check_finite(forward_all(classifier, texts, config, classifier.logits).softmax(-1))
 
 
-def check_finite(probs: Tensor) -> None:
+def check_finite(probs: Tensor) -> Tensor:
     if wrong := (~probs.isfinite().all(-1)).nonzero().flatten().tolist():
         which = f"{len(wrong)} of {len(probs)} samples are not finite, the first is sample {wrong[0]}"
         raise FloatingPointError(f"logits of {which}; try a lower --lr")
+    return probs
 
 
 def soft_labels(rows: list[dict], n_classes: int) -> Tensor:
@@ -372,9 +359,8 @@ def main() -> None:
         raise InputError(f"--train {args.train}: {n_classes} classes; --loss logconf takes 2 classes")
     if (labels == labels[0]).all() and labels[0].max() == 1 and len(labels) > 1:
         raise InputError(f"--train {args.train}: all {len(labels)} rows have the same label, there is nothing to learn")
-    adapters = {"lora_rank": config.lora_rank, "lora_alpha": config.lora_alpha}
     spec, dtype = ModelSpec.parse(args.model), resolve_dtype(args.dtype)
-    classifier = Classifier(spec, n_classes, dtype, args.kernels, world(), **adapters)
+    classifier = Classifier(spec, n_classes, dtype, args.kernels, world(), args.lora_rank, args.lora_alpha)
     print0(f"{args.model} in {classifier.dtype}, kernels: {classifier.kernels}")
     cost = finetune(classifier, [r["text"] for r in train], labels, config, out / "steps.jsonl")
     probs = predict(classifier, [r["text"] for r in test], config)

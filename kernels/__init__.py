@@ -1,10 +1,8 @@
-"""Triton kernels of the finetuning step, each beside its PyTorch reference in the same signature.
+"""Triton kernels of the finetuning step, each beside its PyTorch reference: head.py, from hidden states to class logits, and
+conf_loss.py, from those to the loss and its gradient."""
 
-    head.py        hidden states -> class logits: gather of the last tokens, head
-    conf_loss.py   class logits -> loss and gradient: xent, product, logconf, for E heads at once
-
-Nothing here imports torch's CUDA parts or asks for a driver until a kernel is called.
-"""
+import torch
+import triton
 
 from common import InputError
 
@@ -13,9 +11,6 @@ CHOICES = ("auto", "triton", "reference")
 
 def resolve(choice: str) -> str:
     """triton or reference; auto is triton on a GPU and the reference elsewhere. Raises InputError on what cannot run."""
-    import torch
-    import triton
-
     if choice not in CHOICES:
         raise InputError(f"kernels {choice!r}: choose from {', '.join(CHOICES)}")
     if choice == "auto":

@@ -31,21 +31,18 @@ TINY = torch.finfo(torch.float32).min / 4  # stands for log 0: alpha times it is
 def conf_loss(
     logits: Tensor, labels: Tensor, mode: str, coef: float = 0.0, alpha: float = 1.0, beta: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Loss [E] and its gradient at the logits [E, B, K], float32, by the Triton kernel; labels are [E or 1, B, K].
+    """Loss [E] and its gradient at the logits [E, B, K], float32, by the Triton kernel; labels are [E, B, K].
 
     `mode` is one of MODES, coef the c of logconf. That raises ValueError on K != 2, InputError on more than MAX_ROWS samples.
     """
     E, B, K = logits.shape
     if mode == "logconf":
         check_two_classes(K)
-    if mode == "logconf" and B > MAX_ROWS:
-        raise InputError(f"{B} samples: the logconf kernel takes at most {MAX_ROWS}; choose kernels 'reference'")
+        if B > MAX_ROWS:
+            raise InputError(f"{B} samples: the logconf kernel takes at most {MAX_ROWS}; choose kernels 'reference'")
     logits, labels = logits.detach().float().contiguous(), labels.float().contiguous()
     loss, dz = logits.new_empty(E), torch.empty_like(logits)
-    loss_kernel[(E,)](
-        logits, labels, loss, dz, B, K, 0 if len(labels) == 1 else B * K, coef, alpha, beta, TINY,
-        MODE=MODES[mode], **blocks(B, K), enable_fp_fusion=False,
-    )  # fmt: skip
+    loss_kernel[(E,)](logits, labels, loss, dz, B, K, coef, alpha, beta, TINY, MODES[mode], **blocks(B, K))
     return loss, dz
 
 
@@ -134,15 +131,15 @@ def select_quantile(p, margin, inside, q, n_rows):
 
 @triton.jit
 def loss_kernel(
-    z_ptr, y_ptr, loss_ptr, dz_ptr,  # [E, B, K], [E or 1, B, K], [E], [E, B, K]
-    n_rows, n_classes: tl.constexpr, y_stride, coef, alpha, beta, tiny, MODE: tl.constexpr,
+    z_ptr, y_ptr, loss_ptr, dz_ptr,  # [E, B, K] but for the loss [E]
+    n_rows, n_classes: tl.constexpr, coef, alpha, beta, tiny, MODE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per head. ROWS, at least n_rows, is how many samples lie in registers for the quantile."""
     e = tl.program_id(0).to(tl.int64)
     z_ptr += e * n_rows * n_classes
+    y_ptr += e * n_rows * n_classes
     dz_ptr += e * n_rows * n_classes
-    y_ptr += e * y_stride
     if MODE == 2:  # the quantile of p_0 at q = mean y_1 over the head's samples
         s = tl.arange(0, ROWS)
         inside = s < n_rows
@@ -180,7 +177,8 @@ def loss_kernel(
 
 
 def blocks(n_rows: int, n_classes: int) -> dict[str, int]:
-    """BLOCK_* and warps of the loss kernel: a thread holds at most 8 samples for the quantile, then 4 logits at once."""
+    """Sizes and options of the loss kernel: a thread holds at most 8 samples for the quantile, then 4 logits at once."""
     rows, classes = triton.next_power_of_2(n_rows), triton.next_power_of_2(n_classes)
     warps = min(max(rows // 256, 1), 16)
-    return {"ROWS": rows, "BLOCK_B": min(rows, warps * 128 // classes), "BLOCK_K": classes, "num_warps": warps}
+    sizes = {"ROWS": rows, "BLOCK_B": min(rows, warps * 128 // classes), "BLOCK_K": classes}
+    return sizes | {"num_warps": warps, "enable_fp_fusion": False}  # no fusion: rounds as the reference does

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from common import InputError
-from kernels import resolve
 
 MAX_CLASSES = 32
 TILE = 4096  # elements of a program's largest tile
@@ -21,11 +20,8 @@ SPLIT_ROWS = 512  # more samples than this are split among programs, whose sums 
 
 
 def head(hidden: Tensor, rows: Tensor, weight: Tensor, kernels: str) -> Tensor:
-    """Class logits [B, K], float32, of rows [B], each named once, of hidden [N, D]; differentiable in it and weight [K, D].
-
-    Raises InputError where `kernels` is not one of CHOICES, or cannot run.
-    """
-    if resolve(kernels) == "reference":
+    """Class logits [B, K], float32, of rows [B], each named once, of hidden [N, D]; differentiable in it and weight [K, D]."""
+    if kernels == "reference":
         return reference(hidden, rows, weight)
     if (K := len(weight)) > MAX_CLASSES:
         raise InputError(f"{K} classes: the head kernel takes at most {MAX_CLASSES}; choose kernels 'reference'")
@@ -103,9 +99,7 @@ def forward(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """Logits [B, K]: one launch. Rows and weights are contiguous."""
     K, D = weight.shape
     logits = torch.empty(len(rows), K, dtype=torch.float32, device=hidden.device)
-    forward_kernel[(len(rows),)](
-        hidden, hidden.stride(0), rows, weight, logits, n_cols=D, n_classes=K, **forward_blocks(D, K)
-    )
+    forward_kernel[(len(rows),)](hidden, hidden.stride(0), rows, weight, logits, D, K, **forward_blocks(D, K))
     return logits
 
 
@@ -116,10 +110,8 @@ def backward(hidden: Tensor, rows: Tensor, weight: Tensor, g: Tensor) -> tuple[T
     splits = triton.cdiv(B, SPLIT_ROWS)
     sums = torch.empty(splits, K, D, dtype=torch.float32, device=hidden.device)
     blocks = backward_blocks(K)
-    backward_kernel[(triton.cdiv(D, blocks["BLOCK_D"]), splits)](
-        hidden, hidden.stride(0), rows, weight, g, dh, sums,
-        n_rows=B, n_cols=D, n_classes=K, ROWS=SPLIT_ROWS, **blocks,
-    )  # fmt: skip
+    grid = (triton.cdiv(D, blocks["BLOCK_D"]), splits)
+    backward_kernel[grid](hidden, hidden.stride(0), rows, weight, g, dh, sums, B, D, K, SPLIT_ROWS, **blocks)
     return dh, sums[0] if splits == 1 else sums.sum(0)
 
 

@@ -31,8 +31,8 @@ def shipped() -> Iterator[tuple[str, object, dict, dict]]:
         for B, K in ((32, 2), (256, 2), (4096, 2), (1024, 8)):
             if mode != "logconf" or K == 2:
                 types = dict.fromkeys(("z_ptr", "y_ptr", "loss_ptr", "dz_ptr"), "*fp32")
-                types |= dict.fromkeys(("coef", "alpha", "beta", "tiny"), "fp32") | {"n_rows": "i32", "y_stride": "i32"}
-                constants = {"n_classes": K, "MODE": number, "enable_fp_fusion": False}
+                types |= dict.fromkeys(("coef", "alpha", "beta", "tiny"), "fp32") | {"n_rows": "i32"}
+                constants = {"n_classes": K, "MODE": number}
                 yield f"loss {mode} B={B} K={K}", conf_loss.loss_kernel, types, constants | conf_loss.blocks(B, K)
 
 

@@ -17,7 +17,7 @@ GUARDS = [  # guard, file, what stands there, what stands there instead, the tes
     ("rename into place", "common.py", 'path.with_name(path.name + ".tmp")', "path", "test_security.py -k write_that_fails"),
     ("NaN loss", "train.py", "if not math.isfinite(value):", "if False:", "test_train.py -k loss_that_is_not_finite"),
     ("NaN logits", "generate.py", "        if not finite:\n", "        if False:\n", "test_bad_input.py -k logits_that_are_not_finite"),
-    ("NaN predictions", "train.py", "    check_finite(probs)\n", "", "test_bad_input.py -k step_that_explodes"),
+    ("NaN predictions", "train.py", "return check_finite(", "return (", "test_bad_input.py -k step_that_explodes"),
     ("stale check", "stages.py", 'for part in ("config", "inputs"):', 'for part in ("inputs",):', "test_stale.py"),
     ("id matching", "common.py", "if len(table) != len(rows) or table.keys() != set(ids):", "if False:", "test_w2s.py -k do_not_match"),
     ("gold file", "w2s.py", 'labels = self.weak_labels(name, seed)\n        return self.run(', 'labels = self.folder / "data/train_b.gold.jsonl"\n        return self.run(', "test_w2s.py -k nothing_but_the_ceiling"),
