@@ -15,6 +15,14 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
 TEXTS = ["why", "a", "the longest sample of them all, by far", "so be it", "ab", "Q: what? A: that"]
 
 
+def padded_features(model, samples: list[list[int]]) -> torch.Tensor:
+    """The hidden state of each sample's last token, from one padded batch through a plain model."""
+    lengths = torch.tensor([len(s) for s in samples])
+    ids = torch.tensor([s + [7] * (max(lengths) - len(s)) for s in samples]).to(model.device)
+    mask = (torch.arange(max(lengths)) < lengths[:, None]).long().to(model.device)
+    return model(ids, attention_mask=mask).last_hidden_state[range(len(samples)), lengths - 1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logits_and_gradients_are_those_of_each_sample_alone_and_of_a_padded_batch(family, tiny_model):
     classifier = Classifier(ModelSpec(tiny_model(family)), 3, torch.float32)
@@ -23,12 +31,8 @@ def test_packed_logits_and_gradients_are_those_of_each_sample_alone_and_of_a_pad
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_model(family), num_labels=3, dtype=torch.float32)
     plain.score.weight.data.copy_(classifier.model.score.weight)
     samples, _ = classifier.encode(TEXTS, 100)
-    longest, lengths = max(map(len, samples)), torch.tensor([len(s) for s in samples])
-    ids = torch.tensor([s + [7] * (longest - len(s)) for s in samples])
-    mask = (torch.arange(longest) < lengths[:, None]).long()
     with torch.no_grad():
-        hidden = plain.base_model(ids, attention_mask=mask).last_hidden_state[range(len(samples)), lengths - 1]
-        padded = plain.score(hidden)
+        padded = plain.score(padded_features(plain.base_model, samples))
     packed = classifier.logits(samples)
     alone = torch.cat([plain.score(plain.base_model(torch.tensor([s])).last_hidden_state[:, -1]) for s in samples])
     for got in (packed, alone):
