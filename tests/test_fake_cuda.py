@@ -38,6 +38,22 @@ META = torch.device("meta")
 pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # autocast, of a device that is not there
 
 
+def config_of(name: str):
+    s = sizes.SHAPES[name]
+    return transformers.Qwen2Config(
+        vocab_size=s.V, hidden_size=s.D, intermediate_size=s.F, num_hidden_layers=BLOCKS, num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads, tie_word_embeddings=s.tied, num_labels=2, pad_token_id=0, eos_token_id=0,
+        bos_token_id=None,
+    )  # fmt: skip
+
+
+def load_model(spec, auto_class, dtype, attn_implementation, parallel=None, num_labels=2):
+    """As of bfloat16 files."""
+    dtype = torch.bfloat16 if dtype == "auto" else dtype
+    with META:
+        return auto_class.from_config(config_of(spec.name), dtype=dtype, attn_implementation=attn_implementation)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Models and batches go to the meta device, whose tensors pass for a GPU's."""
@@ -45,6 +61,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "to_device", lambda x, dev: x.to(dev))
     for module in (model, generate):
         monkeypatch.setattr(module, "device", lambda: META)
+        monkeypatch.setattr(module, "load_model", load_model)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.device.type == "meta"), raising=False)
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     with symbolic_config.patch(meta_nonzero_assume_all_nonzero=True):
@@ -136,25 +153,9 @@ def launches(monkeypatch):
     return seen
 
 
-def config_of(name: str):
-    s = sizes.SHAPES[name]
-    return transformers.Qwen2Config(
-        vocab_size=s.V, hidden_size=s.D, intermediate_size=s.F, num_hidden_layers=BLOCKS, num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads, tie_word_embeddings=s.tied, num_labels=2, pad_token_id=0, eos_token_id=0,
-        bos_token_id=None,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def fake_classifier(gpu, monkeypatch):
-    def load_model(spec, auto_class, dtype, attn_implementation, num_labels):
-        assert (dtype, num_labels) == ("auto", 2)
-        config = config_of(spec.name)
-        with torch.device("meta"):
-            return auto_class.from_config(config, dtype=torch.bfloat16, attn_implementation=attn_implementation)
-
     monkeypatch.setattr(model, "load_tokenizer", lambda spec: types.SimpleNamespace(pad_token_id=0, eos_token_id=0))
-    monkeypatch.setattr(model, "load_model", load_model)
     pretrained = property(lambda c: list(c.model.base_model.parameters()))
     monkeypatch.setattr(Classifier, "pretrained", pretrained)  # without a CPU
     return lambda name, dtype=torch.bfloat16: Classifier(ModelSpec(name), 2, dtype, "triton")
@@ -268,12 +269,6 @@ def test_attention_of_a_new_token_copies_no_key(name, gpu):
 @pytest.mark.parametrize("name", QWENS)
 def test_prefill_and_a_turn_that_never_waits(name, temperature, top_p, gpu, monkeypatch):
     s, debater = sizes.SHAPES[name], Debater.__new__(Debater)
-
-    def load_model(spec, auto_class, dtype, attention, parallel):
-        with torch.device("meta"):
-            return auto_class.from_config(config_of(spec.name), dtype=dtype, attn_implementation=attention)
-
-    monkeypatch.setattr(generate, "load_model", load_model)
     debater.spec, debater.config = ModelSpec(name), DebateConfig(30, temperature, top_p, dtype="bfloat16")
     debater.is_end = torch.empty(s.V, dtype=torch.bool, device="meta")
     debater.load()

@@ -269,11 +269,6 @@ def test_what_cannot_be_learned_raises(texts, labels, told, classifier):
         train.finetune(classifier, list(texts), torch.tensor(labels), TrainConfig())
 
 
-def test_a_text_without_tokens_has_no_prediction(classifier):
-    with pytest.raises(ValueError, match="token"):
-        train.predict(classifier, ["a", ""], TrainConfig())
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(classifier, samples):
     with pytest.raises(FloatingPointError, match="step 1 of 5"):
         finetuned(classifier, samples, lr=math.inf)
