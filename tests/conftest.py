@@ -199,3 +199,16 @@ def status(capsys):
         return {row["stage"]: row for row in json.loads(capsys.readouterr().out)}
 
     return rows
+
+
+# ---- one finetuning in this process ----
+
+
+def finetuned(classifier, samples: list[dict], **settings):
+    """What finetuning on the samples' labels costs, and what the classifier then predicts of them."""
+    import train
+
+    config = train.TrainConfig(**({"lr": 1e-2, "epochs": 1, "batch_size": 8} | settings))
+    texts = [s["text"] for s in samples]
+    cost = train.finetune(classifier, texts, train.soft_labels(samples, classifier.n_classes), config)
+    return cost, train.predict(classifier, texts, config)

@@ -1,7 +1,4 @@
-"""Bad input of every kind ends with exit code 2 (1 where the run itself failed) and one line that names value and remedy.
-
-And what a malicious model's folder or a hostile id would do, it does not do.
-"""
+"""Bad input of every kind ends with exit code 2 (1 where the run itself fails) and one line with value and remedy."""
 
 import json
 import os
@@ -11,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from conftest import ROOT, run
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +16,7 @@ import common
 import data.prepare
 from common import read_jsonl, write_jsonl
 from data.models import builtin_folder
+from kernels import resolve
 
 GOOD = [{"id": f"s{i}", "text": f"Q: why {i}? A: {i}", "label": i % 2} for i in range(8)]
 W2S, DEBATE, TRAIN, PREPARE = "w2s", "debate", "train", "data.prepare"
@@ -48,7 +47,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
 WORD_BY_WORD = {  # every word of these stands in the line
     W2S: [
-        "--preset large", "--tasks sciq sciq", "--methods ours single ours", "--methods oracle", "--seeds 1 1", "--seeds -2",
+        "--tasks sciq sciq", "--methods ours single ours", "--methods oracle", "--seeds 1 1", "--seeds -2",
         "--seeds 1.5", "--seeds", "--seed 0", "--lr nan", "--lr inf", "--lr fast", "--weak-lr 0.0", "--head-lr 0.0",
         "--head-epochs -3", "--epochs 0", "--batch-size 0", "--max-new-tokens 0", "--limit-train -1", "--limit-test 0",
         "--max-sample-tokens 0", "--cache-tokens 0", "--max-tokens-per-forward 0", "--temperature nan", "--temperature inf",
@@ -83,6 +82,7 @@ MORE_TOLD = [  # script, flags, what the line names beside
     (W2S, "--strong ../nowhere", ["../nowhere", "no such folder"]),
     (W2S, "--chat", ["--chat", "random-large", "no chat template"]),
     (DEBATE, "--strong nowhere", ["nowhere", "built in"]),
+    (DEBATE, "--chat", ["--chat", "random-small", "no chat template"]),
     (DEBATE, "--choices good.jsonl", ["--choices", "no other does"]),
     (TRAIN, "--out .", ["--out", "does not exist yet"]),
     (TRAIN, "--out " + 300 * "x", ["--out", "too long"]),
@@ -108,9 +108,13 @@ def test_bad_commands(command, told, tmp_path, capsys):
 # ---- files of samples, by train.py and debate.py ----
 
 
+def lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(r) + "\n" for r in rows).encode()
+
+
 def rows(**change) -> bytes:
     """Good rows, the last one changed."""
-    return "".join(json.dumps(r) + "\n" for r in [*GOOD[:-1], GOOD[-1] | change]).encode()
+    return lines([*GOOD[:-1], GOOD[-1] | change])
 
 
 FILES = {  # content, what is told of it
@@ -150,14 +154,13 @@ NO_LABELS = [NAN, "yes", 0.5, -1, 2, None]
 
 @pytest.mark.parametrize("change", [*({"probs": x} for x in NO_PROBS), *({"label": x} for x in NO_LABELS)], ids=str)
 def test_labels_that_are_none(change, refused):
-    [value] = change.values()
+    told = ["'s7'", *map(repr, change.values())]
     Path("bad.jsonl").write_bytes(rows(**change))
-    refused(TRAIN, ["--train", "bad.jsonl"], ["'s7'", repr(value)])
+    refused(TRAIN, ["--train", "bad.jsonl"], told)
     assert not Path("out").exists()
     if "probs" in change:
-        choices = [{"probs": [0.5, 0.5]} | row for row in map(json.loads, rows(**change).splitlines())]
-        write_jsonl(Path("bad.jsonl"), choices)
-        refused(DEBATE, ["--protocol", "market_making", "--choices", "bad.jsonl"], ["'s7'", repr(value)])
+        write_jsonl(Path("bad.jsonl"), [{"probs": [0.5, 0.5]} | row for row in [*GOOD[:-1], GOOD[-1] | change]])
+        refused(DEBATE, ["--protocol", "market_making", "--choices", "bad.jsonl"], told)
 
 
 def test_labels_that_cannot_be_learned(refused):
@@ -205,7 +208,7 @@ def test_bad_sources(task, change, told, refused):
     assert not Path(f"out/{task}/data/manifest.json").exists()
 
 
-def test_a_row_with_nothing_to_choose_from_is_dropped(tmp_path):
+def test_a_row_with_nothing_to_choose_from_is_dropped():
     alike = COSMOS | {f"answer{i}": "a" for i in range(4)}
     samples, counts = data.prepare.make_samples("cosmos_qa", [COSMOS | {"question": "other"}, alike], 0)
     assert len(samples) == 1 and counts["incomplete"] == 1
@@ -261,27 +264,19 @@ OWN_FILES = [  # rows, what is told beside the file's name
 ]
 
 
-@pytest.mark.parametrize("rows, told", OWN_FILES, ids=[" ".join(told)[:50] for _, told in OWN_FILES])
-def test_bad_task_files(rows, told, refused):
-    write_jsonl(Path("own.jsonl"), rows)
-    refused(W2S, ["--task-file", "own.jsonl"], ["own.jsonl", *told])
-    assert not Path("out").exists()
-
-
-NO_TASK_FILES = [
+TASK_FILES = [
+    *(("own.jsonl", lines(rows), ["own.jsonl", *told]) for rows, told in OWN_FILES),
     ("nowhere.jsonl", None, ["no such file"]),
     ("own.jsonl", b'{"text": "x", "label": 1}\n\n{"text": \n', ["own.jsonl:3: not JSON"]),
     ("own.csv", b"text,label\nx,1\n", ["own.csv:1: not JSON"]),
     ("own.jsonl.gz", b"text", ["damaged gzip"]),
-    *(
-        (f"{name}.jsonl", b"", [f"{name}.jsonl", "rename"])
-        for name in ("sciq", "heads", "my task", "a.b", "_x", "\u00e9", 99 * "x")
-    ),
 ]
+for name in ("sciq", "heads", "my task", "a.b", "_x", "\u00e9", 99 * "x"):
+    TASK_FILES.append((f"{name}.jsonl", b"", [f"{name}.jsonl", "rename"]))
 
 
-@pytest.mark.parametrize("file, content, told", NO_TASK_FILES, ids=[file for file, *_ in NO_TASK_FILES])
-def test_files_that_are_no_task(file, content, told, refused):
+@pytest.mark.parametrize("file, content, told", TASK_FILES, ids=[" ".join(told)[:60] for *_, told in TASK_FILES])
+def test_bad_task_files(file, content, told, refused):
     if content is not None:
         Path(file).write_bytes(content)
     refused(W2S, ["--task-file", file], told)
@@ -343,11 +338,6 @@ def drop_a_token(folder: Path) -> None:
     change_weights(folder, lambda name, w: w[:200].clone() if "embed" in name else w)
 
 
-def no_end(folder: Path) -> None:
-    change(folder, "tokenizer_config.json", "eos_token")
-    (folder / "special_tokens_map.json").unlink(missing_ok=True)
-
-
 MODELS = {  # how a good one is spoiled, what is told
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config cut off": (lambda f: os.truncate(f / "config.json", 20), "no readable config.json"),
@@ -369,7 +359,7 @@ MODELS = {  # how a good one is spoiled, what is told
     "a remote tokenizer": (remote_tokenizer,),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(),),
     "tokenizer cut off": (lambda f: os.truncate(f / "tokenizer.json", 100),),
-    "no end of text": (no_end, "no end-of-text token"),
+    "no end of text": (lambda f: change(f, "tokenizer_config.json", "eos_token"), "no end-of-text token"),
     "more tokens than the model has": (drop_a_token, "token 256", "199"),
 }
 
@@ -392,7 +382,7 @@ def test_bad_models(script, flag, kind, refused, model):
     assert not Path("ran").exists() and not Path("out").exists()
 
 
-def test_an_encoder_is_no_debater_and_no_student(refused, model):
+def test_an_encoder_is_no_student(refused, model):
     from transformers import BertConfig, BertForMaskedLM
 
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -423,8 +413,7 @@ def test_a_step_that_explodes_after_the_last_loss_is_seen(refused):
 
 @pytest.mark.parametrize("script", [W2S, TRAIN])
 def test_triton_without_a_gpu(script, refused, monkeypatch):
-    import triton
-
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve("auto") == "reference"
     refused(script, ["--kernels", "triton"], ["'triton'", "no CUDA GPU", "reference"])

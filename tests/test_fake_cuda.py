@@ -1,9 +1,8 @@
-"""What runs on a GPU alone, on a machine without one: tensors of the meta device that say is_cuda, at the widths of real models.
+"""What runs on a GPU alone, without one: tensors of the meta device that say is_cuda, at the widths of real models.
 
-A meta tensor has a dtype and a shape, and no data. So nothing is computed here: what fails is a wrong argument, shape, dtype
-or device. Of kernels that only a GPU has, the arguments are held against what their CUDA code asks for. (torch's CPU build
-cannot run FakeTensorMode on a fake cuda device: it has no device guard for it.) Not covered: values, what is read on the
-host once a turn, and the copy of the pretrained weights.
+They have no data, so nothing is computed: what fails is a wrong argument, shape, dtype or device. Arguments of kernels that
+only a GPU has are held against what their CUDA code asks for. (torch's CPU build has no device guard for a FakeTensorMode of
+cuda.) Not covered: values, what is read on the host once a turn, and the copy of the pretrained weights.
 """
 
 import functools
@@ -27,14 +26,32 @@ import heads
 import model
 import sizes
 import train
-from generate import DebateConfig, Debater, grouped_attention, sample
+from generate import DebateConfig, Debater, grouped_attention
 from kernels import conf_loss, head
 from model import Classifier, ModelSpec, packed_attention
 
 QWENS = ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen-14B")  # the first with 6 query heads a key head, the second with one
 BLOCKS = 2  # of each model: the others are alike
 LENGTHS = [700, 1, 64, 333]
+TOKENS = [[1] * n for n in LENGTHS]
+META = torch.device("meta")
 pytestmark = pytest.mark.filterwarnings("ignore:.*CUDA is not available")  # autocast, of a device that is not there
+
+
+def config_of(name: str):
+    s = sizes.SHAPES[name]
+    return transformers.Qwen2Config(
+        vocab_size=s.V, hidden_size=s.D, intermediate_size=s.F, num_hidden_layers=BLOCKS, num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads, tie_word_embeddings=s.tied, num_labels=2, pad_token_id=0, eos_token_id=0,
+        bos_token_id=None,
+    )  # fmt: skip
+
+
+def load_model(spec, auto_class, dtype, attn_implementation, parallel=None, num_labels=2):
+    """As of bfloat16 files."""
+    dtype = torch.bfloat16 if dtype == "auto" else dtype
+    with META:
+        return auto_class.from_config(config_of(spec.name), dtype=dtype, attn_implementation=attn_implementation)
 
 
 @pytest.fixture
@@ -42,7 +59,9 @@ def gpu(monkeypatch):
     """Models and batches go to the meta device, whose tensors pass for a GPU's."""
     for module in (model, train, heads, generate):
         monkeypatch.setattr(module, "to_device", lambda x, dev: x.to(dev))
-    monkeypatch.setattr(model, "device", lambda: torch.device("meta"))
+    for module in (model, generate):
+        monkeypatch.setattr(module, "device", lambda: META)
+        monkeypatch.setattr(module, "load_model", load_model)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: x.device.type == "meta"), raising=False)
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     with symbolic_config.patch(meta_nonzero_assume_all_nonzero=True):
@@ -68,6 +87,19 @@ class AttentionCalls(TorchDispatchMode):
             assert call["max_q"] == call["max_k"] == max(LENGTHS) and len(cu) == len(LENGTHS) + 1
             assert call["is_causal"] and call["window_size"] == [-1, 0]
             self.calls.append(call)
+        return func(*args, **(kwargs or {}))
+
+
+class SdpaCalls(TorchFunctionMode):
+    """Arguments of every call of torch's scaled_dot_product_attention."""
+
+    def __enter__(self):
+        self.calls = []
+        return super().__enter__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
@@ -97,27 +129,22 @@ def launches(monkeypatch):
         for name, kind in arguments.items():
             allowed.setdefault(name, set()).add(kind)
 
-    def launcher(kernel, allowed):
-        def launch(*args, **settings):
-            options = {k: settings.pop(k) for k in ("num_warps", "enable_fp_fusion") if k in settings}
-            bound = inspect.signature(kernel.fn).bind(*args, **settings).arguments
-            for name, x in bound.items():
-                if isinstance(x, Tensor):
-                    assert x.is_cuda and x.is_contiguous() and names[x.dtype] in allowed[name], name
-                else:
-                    assert not name.endswith("_ptr"), name
-            assert options["num_warps"] > 0
-            seen.append(kernel.fn.__name__)
-
-        return launch
-
     class Kernel:
         def __init__(self, kernel, allowed):
-            self.launch = launcher(kernel, allowed)
+            self.kernel, self.allowed = kernel, allowed
 
         def __getitem__(self, grid):
             assert all(type(n) is int and n > 0 for n in grid)
             return self.launch
+
+        def launch(self, *args, num_warps, enable_fp_fusion=None, **constants):
+            for name, x in inspect.signature(self.kernel.fn).bind(*args, **constants).arguments.items():
+                if isinstance(x, Tensor):
+                    assert x.is_cuda and x.is_contiguous() and names[x.dtype] in self.allowed[name], name
+                else:
+                    assert not name.endswith("_ptr"), name
+            assert num_warps > 0
+            seen.append(self.kernel.fn.__name__)
 
     for module in (head, conf_loss):
         for name, (kernel, allowed) in compiled.items():
@@ -126,70 +153,40 @@ def launches(monkeypatch):
     return seen
 
 
-def config_of(name: str):
-    s = sizes.SHAPES[name]
-    return transformers.Qwen2Config(
-        vocab_size=s.V, hidden_size=s.D, intermediate_size=s.F, num_hidden_layers=BLOCKS, num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads, tie_word_embeddings=s.tied, num_labels=2, pad_token_id=0, eos_token_id=0,
-        bos_token_id=None,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def fake_classifier(gpu, monkeypatch):
-    def load_model(spec, auto_class, dtype, attn_implementation, num_labels):
-        assert (dtype, num_labels) == ("auto", 2)
-        config = config_of(spec.name)
-        with torch.device("meta"):
-            return auto_class.from_config(config, dtype=torch.bfloat16, attn_implementation=attn_implementation)
-
     monkeypatch.setattr(model, "load_tokenizer", lambda spec: types.SimpleNamespace(pad_token_id=0, eos_token_id=0))
-    monkeypatch.setattr(model, "load_model", load_model)
-    monkeypatch.setattr(
-        Classifier, "pretrained", property(lambda c: list(c.model.base_model.parameters()))
-    )  # without a CPU
+    pretrained = property(lambda c: list(c.model.base_model.parameters()))
+    monkeypatch.setattr(Classifier, "pretrained", pretrained)  # without a CPU
     return lambda name, dtype=torch.bfloat16: Classifier(ModelSpec(name), 2, dtype, "triton")
 
 
 # ---- finetuning ----
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", QWENS)
-def test_packed_attention_calls_flash_attention_as_it_asks_to_be(name, gpu):
+def test_packed_attention_asks_for_what_its_kernel_takes(name, dtype, gpu):
+    """bfloat16: FlashAttention. float32: padded SDPA with as many key heads as query heads."""
     s, T = sizes.SHAPES[name], sum(LENGTHS)
-    _, _, where = model.pack([[1] * n for n in LENGTHS], torch.device("meta"))
+    _, _, where = model.pack(TOKENS, META)
     q, k, v = (
-        torch.empty(1, T, h, s.d, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        torch.empty(1, T, h, s.d, dtype=dtype, device="meta", requires_grad=True)
         for h in (s.heads, s.kv_heads, s.kv_heads)
     )
-    with AttentionCalls() as seen:
+    with AttentionCalls() as flash, SdpaCalls() as sdpa:
         out, _ = packed_attention(None, *(x.transpose(1, 2) for x in (q, k, v)), None, s.d**-0.5, where)
         gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
-    [call] = seen.calls
-    assert call["scale"] == s.d**-0.5 and call.get("enable_gqa", s.heads != s.kv_heads) == (s.heads != s.kv_heads)
-    assert (out.shape, out.dtype, out.device.type) == ((1, T, s.heads, s.d), torch.bfloat16, "meta")
+    if dtype == torch.bfloat16:
+        [call] = flash.calls
+        assert call["scale"] == s.d**-0.5 and not sdpa.calls
+        assert call.get("enable_gqa", s.heads != s.kv_heads) == (s.heads != s.kv_heads)
+    else:
+        [(padded, options)] = sdpa.calls
+        assert [x.shape for x in padded] == [(len(LENGTHS), s.heads, max(LENGTHS), s.d)] * 3 and not flash.calls
+        assert options["is_causal"] and not options["enable_gqa"]
+    assert (out.shape, out.dtype, out.device.type) == ((1, T, s.heads, s.d), dtype, "meta")
     assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in (q, k, v)]
-
-
-@pytest.mark.parametrize("name", QWENS)
-def test_float32_attention_is_padded_with_as_many_key_heads_as_query_heads(name, gpu):
-    s, T = sizes.SHAPES[name], sum(LENGTHS)
-    _, _, where = model.pack([[1] * n for n in LENGTHS], torch.device("meta"))
-    q, k, v = (torch.empty(1, h, T, s.d, device="meta", requires_grad=True) for h in (s.heads, s.kv_heads, s.kv_heads))
-    asked = []
-
-    class Sdpa(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.nn.functional.scaled_dot_product_attention:
-                asked.append((*(x.shape for x in args), kwargs["enable_gqa"], kwargs["is_causal"]))
-            return func(*args, **(kwargs or {}))
-
-    with AttentionCalls() as seen, Sdpa():
-        out, _ = packed_attention(None, q, k, v, None, s.d**-0.5, where)
-        gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
-    assert not seen.calls and asked == [(*[(len(LENGTHS), s.heads, max(LENGTHS), s.d)] * 3, False, True)]
-    assert (out.shape, out.dtype) == ((1, T, s.heads, s.d), torch.float32)
-    assert [g.shape for g in gradients] == [x.shape for x in (q, k, v)]
 
 
 @pytest.mark.parametrize("name", QWENS)
@@ -198,9 +195,8 @@ def test_a_finetuning_step(name, loss, fake_classifier, launches):
     classifier, config = fake_classifier(name), train.TrainConfig(loss=loss)
     classifier.reset(config)
     y = torch.empty(len(LENGTHS), 2, device="meta")
-    tokens = [[1] * n for n in LENGTHS]
     with AttentionCalls() as seen:
-        value = train.backward_batch(classifier, tokens, y, 0.5, config, config.max_tokens_per_forward)
+        value = train.backward_batch(classifier, TOKENS, y, 0.5, config, config.max_tokens_per_forward)
     assert (value.shape, value.dtype, value.device.type) == ((), torch.float32, "meta")
     assert launches == ["forward_kernel", "loss_kernel", "backward_kernel"] and len(seen.calls) == BLOCKS
     adam = classifier.optimizer
@@ -216,7 +212,7 @@ def test_a_batch_in_several_forwards(fake_classifier, launches):
     classifier, config = fake_classifier(QWENS[0]), train.TrainConfig()
     classifier.reset(config)
     y = torch.empty(len(LENGTHS), 2, device="meta")
-    train.backward_batch(classifier, [[1] * n for n in LENGTHS], y, 0.5, config, 800)
+    train.backward_batch(classifier, TOKENS, y, 0.5, config, 800)
     assert launches == 2 * ["forward_kernel"] + ["loss_kernel"] + 2 * ["forward_kernel", "backward_kernel"]
     assert all(p.grad is None for p in classifier.optimizer.rounded)
     assert classifier.features([[1, 2], [3]]).shape == (2, sizes.SHAPES[QWENS[0]].D)
@@ -236,22 +232,11 @@ def test_a_step_of_many_heads(gpu, launches, monkeypatch):
 # ---- debates ----
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.4, 1.0), (0.4, 0.9)])
-@pytest.mark.parametrize("name", QWENS)
-def test_sampling(name, temperature, top_p, gpu):
-    logits = torch.empty(128, sizes.SHAPES[name].V, device="meta")
-    keys = torch.empty(128, dtype=torch.long, device="meta")
-    with NoWaits():
-        token = sample(logits, keys, temperature, top_p)
-    assert (token.shape, token.dtype, token.device.type) == ((128,), torch.int64, "meta")
-
-
 @pytest.mark.parametrize("name", QWENS)
 def test_a_batch_of_debates_is_what_fits_the_fullest_gpu(name, gpu, monkeypatch):
     shape, debater = sizes.SHAPES[name]._replace(blocks=BLOCKS), Debater.__new__(Debater)
     for function, value in {"mem_get_info": (50e9, 80e9), "memory_reserved": 7e9, "memory_allocated": 3e9}.items():
         monkeypatch.setattr(torch.cuda, function, lambda value=value: value)
-    monkeypatch.setattr(generate, "device", lambda: torch.device("meta"))
     debater.model = types.SimpleNamespace(config=config_of(name), dtype=torch.bfloat16)
     debater.config, debater.ranks = DebateConfig(), generate.ALONE
     tokens = debater.cache_tokens
@@ -272,33 +257,18 @@ def test_attention_of_a_new_token_copies_no_key(name, gpu):
     q = torch.empty(B, s.heads, 1, s.d, dtype=torch.bfloat16, device="meta")
     k, v = (torch.empty(B, s.kv_heads, T, s.d, dtype=torch.bfloat16, device="meta") for _ in range(2))
     mask = torch.empty(B, 1, 1, T, dtype=torch.bfloat16, device="meta")
-    asked = []
-
-    class Sdpa(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.nn.functional.scaled_dot_product_attention:
-                asked.append((args, kwargs))
-            return func(*args, **(kwargs or {}))
-
-    with Sdpa():
+    with SdpaCalls() as sdpa:
         out, _ = grouped_attention(None, q, k, v, mask, scaling=s.d**-0.5)
-    [(args, options)] = asked
+    [(args, options)] = sdpa.calls
     assert args[0].shape == (B, s.kv_heads, s.heads // s.kv_heads, s.d)
     assert args[1] is k and args[2] is v and args[3] is mask and options == {"scale": s.d**-0.5}
     assert (out.shape, out.dtype) == ((B, 1, s.heads, s.d), torch.bfloat16)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.4, 0.9)])
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.4, 1.0), (0.4, 0.9)])
 @pytest.mark.parametrize("name", QWENS)
 def test_prefill_and_a_turn_that_never_waits(name, temperature, top_p, gpu, monkeypatch):
     s, debater = sizes.SHAPES[name], Debater.__new__(Debater)
-
-    def load_model(spec, auto_class, dtype, attention, parallel):
-        with torch.device("meta"):
-            return auto_class.from_config(config_of(spec.name), dtype=dtype, attn_implementation=attention)
-
-    monkeypatch.setattr(generate, "load_model", load_model)
-    monkeypatch.setattr(generate, "device", lambda: torch.device("meta"))
     debater.spec, debater.config = ModelSpec(name), DebateConfig(30, temperature, top_p, dtype="bfloat16")
     debater.is_end = torch.empty(s.V, dtype=torch.bool, device="meta")
     debater.load()
@@ -313,8 +283,7 @@ def test_prefill_and_a_turn_that_never_waits(name, temperature, top_p, gpu, monk
     with NoWaits():
         said, finite = debater.decode(session, logits, torch.empty(30, 12, dtype=torch.long, device="meta"))
     assert (said.shape, said.dtype, finite.shape) == ((30, 12), torch.int64, ()) and said.is_cuda and finite.is_cuda
-    assert (
-        session.columns == before + 21 and len(session.mask) == 12
-    )  # then half of the rows went on without the others
+    # then half of the rows went on without the others
+    assert session.columns == before + 21 and len(session.mask) == 12
     assert [b.shape for b in buffers] == shapes == [(12, s.kv_heads, 128, s.d)] * 2 and session.mask.shape[1] == 128
     assert {b.dtype for b in buffers} == {torch.bfloat16} and all(b.is_cuda for b in buffers)

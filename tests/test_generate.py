@@ -1,6 +1,7 @@
 """generate.py: keyed sampling, turns and their attention, chat models, vLLM."""
 
 import math
+import shutil
 import sys
 import types
 
@@ -38,8 +39,7 @@ def test_gumbel_is_splitmix64():
 
 def test_noise_of_neighbouring_keys_and_tokens_is_uncorrelated():
     n = 20_000
-    i = torch.arange(n)
-    zero = torch.zeros_like(i)
+    i, zero = torch.arange(n), torch.zeros(n, dtype=torch.long)
     turns = [torch.tensor(stable_hash("noise", seed, "id", turn)) for seed, turn in ((0, 0), (1, 0), (0, 1))]
     seed, other_seed, other_turn = (gumbel(splitmix64(key, i), zero) for key in turns)
     pairs = {
@@ -138,15 +138,6 @@ def test_attention_of_one_new_token_is_sdpa_with_repeated_keys(dtype):
     torch.testing.assert_close(generate.two_products(*packed, scale=0.3).reshape(3, 1, 6, 8), got)
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_every_turn_has_a_token(debater, samples, monkeypatch, temperature):
-    monkeypatch.setattr(debater, "is_end", torch.arange(258) >= 8)
-    monkeypatch.setattr(debater, "config", DebateConfig(max_new_tokens=4, temperature=temperature))
-    [rows] = run_protocol(debater, "sciq", "debate", samples[:8], [0], 3)
-    lengths = [n for r in rows for n in r["n_tokens"]]
-    assert min(lengths) == 1 and lengths.count(1) > 12  # all but eight tokens end a turn
-
-
 def test_a_pretrained_model_ends_its_turn_with_the_line(tiny_model):
     debater = Debater(ModelSpec(tiny_model("llama")), SETTINGS)
     assert debater.is_end.nonzero().flatten().tolist() == sorted({0, debater.tokens("\n")[0]})
@@ -157,9 +148,9 @@ def test_a_pretrained_model_ends_its_turn_with_the_line(tiny_model):
 
 @pytest.fixture
 def chat_model(tiny_model, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    AutoModelForCausalLM.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path / "chat")
+    shutil.copytree(tiny_model("llama"), tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     tokenizer.chat_template = (
         "<system>Be brief.</system>{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -175,11 +166,6 @@ def test_a_chat_model_is_asked_through_its_template(chat_model, samples):
     [[row]] = run_protocol(debater, "sciq", "debate", samples[:1], [0], 3)
     shown = "<system>Be brief.</system><user>{}</user><assistant>"
     assert row == naive_transcript(debater, samples[0], "debate", 0, 3, shown=shown)
-
-
-def test_chat_without_a_template_is_refused(tiny_model):
-    with pytest.raises(InputError, match="no chat template"):
-        Debater(ModelSpec(tiny_model("llama")), DebateConfig(chat=True))
 
 
 # ---- vLLM, by a stand-in ----
@@ -204,15 +190,13 @@ def test_vllm_is_asked_with_the_same_prompts_and_seeds_whatever_the_batch(tiny_m
     for chunk in (1, 7):
         monkeypatch.setitem(sys.modules, "vllm", StandIn())
         debater = ENGINES["vllm"](ModelSpec(tiny_model("llama")), DebateConfig(max_new_tokens=6))
-        (tmp_path / str(chunk)).mkdir()
         got.append(transcripts(debater, samples[:9], tmp_path / str(chunk), seeds=(0, 1), chunk=chunk))
         asked.append(sorted(debater.model.asked))
     assert got[0] == got[1] and asked[0] == asked[1]
     assert len({seed for _, seed in asked[0]}) == 9 * 2 * 3
-    for row in read_jsonl(tmp_path / "7/seed1.jsonl"):
-        sample_row = next(s for s in samples if s["id"] == row["id"])
+    for sample_row, row in zip(samples[:9], read_jsonl(tmp_path / "7/seed1.jsonl"), strict=True):
         for turn in range(3):
-            seed = stable_hash("noise", 1, row["id"], turn)
+            seed = stable_hash("noise", 1, sample_row["id"], turn)
             assert row["n_tokens"][turn] == max(1, seed % 6)
             prompt = literal_prompt(sample_row["text"], "debate", row["turns"][:turn], row["sides"][turn], "{}\n")
             assert (tuple(debater.tokenizer(prompt)["input_ids"]), seed) in asked[1]

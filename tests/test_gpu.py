@@ -6,7 +6,7 @@ The other tests hide the GPU from their process. The first test here starts one 
     W2S_TEST_ON_GPU=1 python -m pytest -v tests/test_gpu.py       test by test
 """
 
-import dataclasses
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,8 +14,9 @@ import sys
 import pytest
 import test_debate
 import test_kernels
+import test_model
 import torch
-from conftest import ROOT
+from conftest import ROOT, finetuned
 from test_kernels import poisoned_memory  # noqa: F401
 from torch.testing import assert_close
 
@@ -31,9 +32,8 @@ from model import Classifier, ModelSpec, load_model, pack, packed_attention
 from train import TrainConfig
 
 VISIBLE = os.environ.get("W2S_TEST_ON_GPU") == "1"
-on_gpu = pytest.mark.skipif(
-    not (VISIBLE and torch.cuda.is_available()), reason="needs a GPU, seen by a process of its own"
-)
+HERE = VISIBLE and torch.cuda.is_available()
+on_gpu = pytest.mark.skipif(not HERE, reason="needs a GPU, seen by a process of its own")
 WIDE = "qwen2 of 16"  # head_dim 16: FlashAttention takes multiples of 8
 
 
@@ -45,28 +45,23 @@ def test_the_rest_where_the_gpu_is_visible():
     env |= {"W2S_TEST_ON_GPU": "1"}
     if (devices := env.pop("W2S_HIDDEN_GPUS")) != "all":
         env["CUDA_VISIBLE_DEVICES"] = devices
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rs", __file__], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pytest", "-rs", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     if "passed" not in done.stdout and "failed" not in done.stdout and "needs a GPU" in done.stdout:
         pytest.skip("no GPU here")
     assert done.returncode == 0
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_waits():
-    """Anything in `with no_waits():` that makes the CPU wait for the GPU raises."""
-
-    class Watched:
-        def __enter__(self):
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-
-        def __exit__(self, *_):
-            torch.cuda.set_sync_debug_mode("default")
-
-    return Watched
+    """Anything inside that makes the CPU wait for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def relative_error(got, want):
@@ -80,15 +75,10 @@ def attention_by_definition(q, k, v, lengths):
     """Causal attention of each sample in float64: [1, H, T, d], [1, H_kv, T, d] -> [1, T, H, d]."""
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    out, start = [], 0
-    for n in lengths:
-        a, b, c = (x[0, :, start : start + n] for x in (q, k, v))
-        scores = (a @ b.mT / q.shape[-1] ** 0.5).masked_fill(
-            torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), -torch.inf
-        )
-        out.append((scores.softmax(-1) @ c).transpose(0, 1))
-        start += n
-    return torch.cat(out)[None]
+    sample = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], device=q.device)
+    seen = (sample[:, None] == sample).tril()
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 @on_gpu
@@ -132,11 +122,8 @@ def test_packed_is_padded_and_each_sample_alone(dtype, tolerance, tiny_model, sa
     spec = ModelSpec(tiny_model(WIDE))
     classifier, plain = Classifier(spec, 2, dtype), load_model(spec, transformers.AutoModel, torch.float32).cuda()
     tokens, _ = classifier.encode([s["text"] for s in samples], 100)
-    lengths = torch.tensor([len(t) for t in tokens])
-    ids = torch.tensor([t + [7] * (max(lengths) - len(t)) for t in tokens])
-    mask = (torch.arange(max(lengths)) < lengths[:, None]).long()
     with torch.no_grad():
-        padded = plain(ids.cuda(), attention_mask=mask.cuda()).last_hidden_state[range(len(tokens)), lengths - 1]
+        padded = test_model.padded_features(plain, tokens)
         packed = classifier.features(tokens)
         alone = torch.cat([classifier.features([t]) for t in tokens])
     assert padded.std() > 0.1 and relative_error(packed, padded) < tolerance
@@ -146,7 +133,7 @@ def test_packed_is_padded_and_each_sample_alone(dtype, tolerance, tiny_model, sa
 @on_gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("loss", train.LOSSES)
-def test_a_step_never_waits_for_the_gpu(loss, checkpointing, tiny_model, samples, no_waits):
+def test_a_step_never_waits_for_the_gpu(loss, checkpointing, tiny_model, samples):
     classifier = Classifier(ModelSpec(tiny_model(WIDE)), 2, torch.bfloat16)
     config = TrainConfig(loss=loss, checkpointing=checkpointing)
     classifier.reset(config)
@@ -167,14 +154,13 @@ def test_a_step_never_waits_for_the_gpu(loss, checkpointing, tiny_model, samples
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 @pytest.mark.parametrize("loss", train.LOSSES)
 def test_a_float32_run_on_the_gpu_is_one_on_the_cpu(loss, kernels, tiny_model, samples, monkeypatch):
-    texts, labels = [s["text"] for s in samples], torch.eye(2)[[s["label"] for s in samples]]
-    config, found = TrainConfig(loss=loss, lr=1e-3, batch_size=8), []
+    found = []
     for device in ("cuda", "cpu"):
         monkeypatch.setattr(model, "device", lambda device=device: torch.device(device))
         chosen = kernels if device == "cuda" else "reference"
         classifier = Classifier(ModelSpec(tiny_model(WIDE)), 2, torch.float32, chosen)
-        rows = train.finetune(classifier, texts, labels, config)["log"]
-        found.append((torch.tensor([r["loss"] for r in rows]), train.predict(classifier, texts, config)))
+        cost, probs = finetuned(classifier, samples, loss=loss, lr=1e-3, epochs=2)
+        found.append((torch.tensor([r["loss"] for r in cost["log"]]), probs))
     assert found[1][1].std() > 0.01
     assert_close(found[0], found[1], atol=1e-3, rtol=0)
 
@@ -185,12 +171,10 @@ def test_heads_on_the_gpu_are_heads_on_the_cpu():
     x, labels = torch.randn(96, 64, generator=g), torch.rand(6, 96, 1, generator=g)
     labels = torch.cat([labels, 1 - labels], -1)
     configs = [TrainConfig(loss=loss, lr=1e-2, seed=seed) for seed in (0, 1) for loss in train.LOSSES]
-    on_gpu, on_cpu = (
-        heads.finetune_heads(x.to(d), list(labels.to(d)), configs, k).cpu()
-        for d, k in (("cuda", "triton"), ("cpu", "reference"))
-    )
-    assert on_cpu.std() > 1e-3
-    assert_close(on_gpu, on_cpu, atol=1e-4, rtol=0)
+    got = heads.finetune_heads(x.cuda(), list(labels.cuda()), configs, "triton")
+    wanted = heads.finetune_heads(x, list(labels), configs, "reference")
+    assert wanted.std() > 1e-3
+    assert_close(got.cpu(), wanted, atol=1e-4, rtol=0)
 
 
 # ---- kernels ----
@@ -203,13 +187,12 @@ class TestKernels:
     pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
     test_head = staticmethod(test_kernels.test_head_and_its_gradients_are_those_of_float64)
     test_loss = staticmethod(test_kernels.test_loss_and_gradient_are_those_of_float64)
-    test_train = staticmethod(test_kernels.test_train_gives_the_same_loss_with_either)
     test_quantile = staticmethod(test_kernels.test_quantile_is_torchs_in_a_thousand_cases)
     test_not_finite = staticmethod(test_kernels.test_logits_that_are_not_finite_give_a_loss_that_is_not_and_end)
 
 
 @on_gpu
-def test_head_and_loss_are_three_launches_without_a_wait_the_same_bits_and_can_be_captured(no_waits):
+def test_head_and_loss_are_three_launches_without_a_wait_the_same_bits_and_can_be_captured():
     hidden, weight = test_kernels.randn(32, 5120).bfloat16(), test_kernels.randn(2, 5120, seed=1) / 70
     y, rows = test_kernels.randn(1, 32, 2, seed=2).softmax(-1), torch.arange(32, dtype=torch.int32, device="cuda")
 
@@ -238,25 +221,20 @@ def debater(tiny_model):
     return test_debate.make_debater(tiny_model(WIDE))
 
 
-@pytest.fixture(scope="module")
-def whole(debater, samples, tmp_path_factory):
-    return test_debate.transcripts(debater, samples, tmp_path_factory.mktemp("whole"), seeds=(0, 1), chunk=64)
-
-
 @on_gpu
-@pytest.mark.parametrize("chunk", [1, 7, 32])
-def test_debates_are_the_same_in_any_batch_in_float32(debater, whole, samples, tmp_path, chunk):
-    assert test_debate.transcripts(debater, samples, tmp_path, seeds=(0, 1), chunk=chunk) == whole
+def test_debates_are_the_same_in_any_batch_in_float32(debater, samples, tmp_path):
+    whole, *others = (
+        test_debate.transcripts(debater, samples, tmp_path / str(n), seeds=(0, 1), chunk=n) for n in (64, 1, 7, 32)
+    )
+    assert others == 3 * [whole]
 
 
 @on_gpu
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 3e-2), ("float32", 1e-5)])
 def test_logits_of_a_decode_step_are_those_of_the_whole_text(dtype, tolerance, tiny_model):
     """Over the 64th column, after which attention sees 64 more, with rows of several lengths."""
-    config = DebateConfig(dtype=dtype)
-    debater, exact = (
-        Debater(ModelSpec(tiny_model(WIDE)), c) for c in (config, dataclasses.replace(config, dtype="float32"))
-    )
+    spec = ModelSpec(tiny_model(WIDE))
+    debater, exact = (Debater(spec, DebateConfig(dtype=d)) for d in (dtype, "float32"))
     g = torch.Generator().manual_seed(0)
     texts = [torch.randint(1, 257, (n,), generator=g).tolist() for n in (50, 61, 3)]
     session = debater.prefill(texts, copies=2)
@@ -271,7 +249,7 @@ def test_logits_of_a_decode_step_are_those_of_the_whole_text(dtype, tolerance, t
 
 @on_gpu
 @pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (1.0, 0.9)])
-def test_a_turn_never_waits_for_the_gpu(temperature, top_p, debater, no_waits, monkeypatch):
+def test_a_turn_never_waits_for_the_gpu(temperature, top_p, debater, monkeypatch):
     monkeypatch.setattr(debater, "config", DebateConfig(40, temperature, top_p, dtype="float32"))
     keys = generate.splitmix64(torch.arange(8).cuda(), torch.arange(40).cuda()[:, None])
 

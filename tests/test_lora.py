@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import call, finish, products, run, start
+from conftest import call, finetuned, finish, products, run, start
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
@@ -21,13 +21,6 @@ RANK, ALPHA = 3, 5
 
 def adapted(spec: str, dtype=torch.float32, n_classes: int = 2) -> Classifier:
     return Classifier(ModelSpec.parse(spec), n_classes, dtype, lora_rank=RANK, lora_alpha=ALPHA)
-
-
-def finetuned(classifier, samples, **settings):
-    config = TrainConfig(**({"lr": 1e-2, "epochs": 2, "batch_size": 8} | settings))
-    texts = [s["text"] for s in samples]
-    cost = train.finetune(classifier, texts, train.soft_labels(samples, classifier.n_classes), config)
-    return cost, train.predict(classifier, texts, config)
 
 
 # ---- against dense weights ----

@@ -12,28 +12,27 @@ from model import Classifier, ModelSpec, load_model
 from train import TrainConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
-
-
 TEXTS = ["why", "a", "the longest sample of them all, by far", "so be it", "ab", "Q: what? A: that"]
 
 
+def padded_features(model, samples: list[list[int]]) -> torch.Tensor:
+    """The hidden state of each sample's last token, from one padded batch through a plain model."""
+    lengths = torch.tensor([len(s) for s in samples])
+    ids = torch.tensor([s + [7] * (max(lengths) - len(s)) for s in samples]).to(model.device)
+    mask = (torch.arange(max(lengths)) < lengths[:, None]).long().to(model.device)
+    return model(ids, attention_mask=mask).last_hidden_state[range(len(samples)), lengths - 1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logits_and_gradients_are_those_of_each_sample_alone_and_logits_those_of_a_padded_batch(
-    family, tiny_model
-):
+def test_packed_logits_and_gradients_are_those_of_each_sample_alone_and_of_a_padded_batch(family, tiny_model):
     classifier = Classifier(ModelSpec(tiny_model(family)), 3, torch.float32)
+    assert [name for name, _ in classifier.model.score.named_parameters()] == ["weight"]  # and no bias
     torch.nn.init.normal_(classifier.model.score.weight, generator=torch.Generator().manual_seed(0))
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        tiny_model(family), num_labels=3, attn_implementation="sdpa", dtype=torch.float32
-    )
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_model(family), num_labels=3, dtype=torch.float32)
     plain.score.weight.data.copy_(classifier.model.score.weight)
     samples, _ = classifier.encode(TEXTS, 100)
-    longest, lengths = max(map(len, samples)), torch.tensor([len(s) for s in samples])
-    ids = torch.tensor([s + [7] * (longest - len(s)) for s in samples])
-    mask = (torch.arange(longest) < lengths[:, None]).long()
     with torch.no_grad():
-        hidden = plain.base_model(ids, attention_mask=mask).last_hidden_state[range(len(samples)), lengths - 1]
-        padded = plain.score(hidden)
+        padded = plain.score(padded_features(plain.base_model, samples))
     packed = classifier.logits(samples)
     alone = torch.cat([plain.score(plain.base_model(torch.tensor([s])).last_hidden_state[:, -1]) for s in samples])
     for got in (packed, alone):
@@ -51,24 +50,9 @@ def test_layers_keeps_exactly_the_first_blocks(family, tiny_model):
     folder = tiny_model(family, 4)
     whole = load_model(ModelSpec.parse(folder), AutoModelForCausalLM, torch.float32).state_dict()
     cut = load_model(ModelSpec.parse(f"{folder}:2"), AutoModelForCausalLM, torch.float32).state_dict()
-    dropped = whole.keys() - cut.keys()
     assert cut.keys() <= whole.keys() and all(torch.equal(v, whole[k]) for k, v in cut.items())
-    assert dropped == {k for k in whole if any(part in ("2", "3") for part in k.split("."))} != set()
-
-
-def test_layers_out_of_range_are_refused(tiny_model):
-    with pytest.raises(InputError, match="has 4 layers, 5 were asked for"):
-        Classifier(ModelSpec.parse(f"{tiny_model('llama', 4)}:5"), 2, torch.float32)
-    with pytest.raises(InputError, match="at least 1"):
-        ModelSpec.parse(f"{tiny_model('llama', 4)}:0")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_starts_at_zero_and_has_no_bias(family, tiny_model):
-    classifier = Classifier(ModelSpec(tiny_model(family)), 2, torch.float32)
-    classifier.reset(TrainConfig())
-    assert [(n, p.abs().sum().item()) for n, p in classifier.model.score.named_parameters()] == [("weight", 0.0)]
-    assert classifier.logits([[1, 2], [3]]).tolist() == [[0, 0], [0, 0]]
+    dropped = {k for k in whole if any(part in ("2", "3") for part in k.split("."))}
+    assert whole.keys() - cut.keys() == dropped != set()
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])

@@ -1,13 +1,13 @@
-"""data/convert_qwen.py: a first-generation Qwen with random weights, converted, against a float64 forward pass by definition."""
+"""data/convert_qwen.py: a converted Qwen of random weights against a float64 forward pass by definition."""
 
 import base64
 import json
+import os
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -22,6 +22,7 @@ CONFIG = dict(
     tie_word_embeddings=False, use_logn_attn=True, use_dynamic_ntk=True,
     auto_map={"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
 )  # fmt: skip
+SECOND = "model-00002-of-00003.safetensors"
 WORDS = [b"th", b"he", b"the", b" the", b"in", b" in", b"\xc3\xa9"]
 
 
@@ -44,11 +45,9 @@ def source(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "modeling_qwen.py").write_text("raise SystemExit('remote code ran')")
     ranks = {bytes([b]): b for b in range(256)} | {w: 256 + i for i, w in enumerate(WORDS)}
-    lines = [base64.b64encode(t) + b" %d" % r for t, r in ranks.items()]
-    (folder / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
-    names = sorted(weights())
+    (folder / "qwen.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks.items()))
     for n in range(3):
-        shard = {k: weights()[k] for k in names[n::3]}
+        shard = dict(sorted(weights().items())[n::3])
         save_file(shard, folder / f"model-{n + 1:05d}-of-00003.safetensors")
     return folder
 
@@ -123,43 +122,42 @@ def test_the_tokenizer_merges_by_rank(converted):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text and "12" not in pieces(text)
 
 
-def spoil(folder, how):
-    shard = folder / "model-00002-of-00003.safetensors"
-    tensors = load_file(shard)
-    attention = next(n for n in tensors if n.endswith("c_attn.weight"))
-    changed = {
-        "reshaped": {attention: tensors[attention][:-1].contiguous()},
-        "of another dtype": {n: t.float() for n, t in tensors.items()},
-        "with a stranger": {"transformer.h.9.ln_1.weight": torch.ones(32, dtype=torch.float64)},
-    }
-    if how in changed:
-        save_file(tensors | changed[how], shard)
-    elif how == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-100])
-    elif how == "missing":
-        shard.unlink()
-    elif how == "there twice":
-        shutil.copy(shard, folder / "model-00004.safetensors")
-    elif how == "another kind":
-        (folder / "config.json").write_text(json.dumps(CONFIG | {"no_bias": False}))
-    elif how == "no ranks":
-        (folder / "qwen.tiktoken").write_text("not base64 at all")
+def change(folder, new) -> None:
+    """Put what `new` makes of the tensors of the second shard in their place, or beside them."""
+    tensors = load_file(folder / SECOND)
+    save_file(tensors | new(tensors), folder / SECOND)
 
 
-SPOILED = {
-    "truncated": "model-00002-of-00003.safetensors", "missing": "weights are in no shard, the first is",
-    "reshaped": "v_proj.weight has shape [31, 32], expected [32, 32]", "with a stranger": "is no weight of Qwen",
-    "of another dtype": "is torch.float32, others are torch.float64", "another kind": "no_bias is False",
-    "there twice": "is in model-00002-of-00003.safetensors too", "no ranks": "no tiktoken file",
-}  # fmt: skip
+def reshaped(tensors) -> dict:
+    name = next(n for n in tensors if n.endswith("c_attn.weight"))
+    return {name: tensors[name][:-1].contiguous()}
+
+
+def retyped(tensors) -> dict:
+    return {n: t.float() for n, t in tensors.items()}
+
+
+WITH_BIAS = json.dumps(CONFIG | {"no_bias": False})
+STRANGER = {"transformer.h.9.ln_1.weight": torch.ones(32, dtype=torch.float64)}
+SPOILED = {  # how a good one is spoiled, what is told
+    "truncated": (lambda f: os.truncate(f / SECOND, 20_000), SECOND),
+    "missing": (lambda f: (f / SECOND).unlink(), "weights are in no shard, the first is"),
+    "there twice": (lambda f: shutil.copy(f / SECOND, f / "model-00004.safetensors"), f"is in {SECOND} too"),
+    "reshaped": (lambda f: change(f, reshaped), "v_proj.weight has shape [31, 32], expected [32, 32]"),
+    "of another dtype": (lambda f: change(f, retyped), "is torch.float32, others are torch.float64"),
+    "with a stranger": (lambda f: change(f, lambda _: STRANGER), "is no weight of Qwen"),
+    "another kind": (lambda f: (f / "config.json").write_text(WITH_BIAS), "no_bias is False"),
+    "no ranks": (lambda f: (f / "qwen.tiktoken").write_text("not base64 at all"), "no tiktoken file"),
+}
 
 
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_wrong_checkpoint_is_refused_by_name(how, source, tmp_path):
-    spoil(shutil.copytree(source, tmp_path / "spoiled"), how)
+    spoil, told = SPOILED[how]
+    spoil(shutil.copytree(source, tmp_path / "spoiled"))
     with pytest.raises(InputError) as e:
         made_once(tmp_path / "out", lambda folder: qwen.convert(tmp_path / "spoiled", folder))
-    assert SPOILED[how] in str(e.value) and "\n" not in str(e.value)
+    assert told in str(e.value) and "\n" not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["spoiled"]  # nothing half-written
 
 

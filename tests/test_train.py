@@ -1,25 +1,25 @@
 """train.py and optim.py: whole batches, whole runs, memory."""
 
 import dataclasses
-import json
 import math
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_distributed import torchrun
-from test_model import TEXTS
+from conftest import ROOT, finetuned, finish, run, start
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import heads
 import train
-from common import InputError, read_jsonl, write_jsonl
+from common import InputError, read_jsonl, world, write_jsonl
 from kernels import conf_loss
 from model import Classifier, ModelSpec, save_model
 from optim import MasterAdam, shard_of
@@ -41,7 +41,7 @@ def test_micro_batches_change_nothing(classifier, loss):
     config = TrainConfig(loss=loss, lr=3e-3, epochs=1, batch_size=32, warmup_frac=0.3)
     assert [len(train.micro_batches(range(32), [9] * 32, 9 * n)) for n in (1, 2, 8)] == [32, 16, 4]
 
-    def run(config):
+    def outcome(config):
         """Losses, predictions, and at the trained weights the gradients of one batch."""
         losses = [row["loss"] for row in train.finetune(classifier, texts, labels, config)["log"]]
         probs = train.predict(classifier, texts, config)
@@ -49,10 +49,10 @@ def test_micro_batches_change_nothing(classifier, loss):
         train.backward_batch(classifier, tokens, labels[:32], 0.5, config, config.max_tokens_per_forward)
         return torch.tensor(losses), probs, torch.cat([p.grad.flatten() for p in classifier.optimizer.params])
 
-    whole = run(config)
+    whole = outcome(config)
     assert whole[1].std() > 1e-3 and whole[2].abs().max() > 1e-3
     for n in (1, 2, 8):
-        got = run(dataclasses.replace(config, max_tokens_per_forward=9 * n))
+        got = outcome(dataclasses.replace(config, max_tokens_per_forward=9 * n))
         for a, b, atol in zip(got, whole, (1e-6, 1e-5, 1e-5), strict=True):
             assert_close(a, b, atol=atol, rtol=0)
 
@@ -75,13 +75,6 @@ def test_batches_hold_each_sample_once_an_epoch_in_an_order_of_the_seed():
     assert sorted(first) == sorted(second) == list(range(70))
     assert first != second and first != list(range(70))
     assert order(0) == got != order(1)
-
-
-def finetuned(classifier, samples, **settings):
-    config = TrainConfig(**({"lr": 1e-2, "epochs": 1, "batch_size": 8} | settings))
-    texts = [s["text"] for s in samples]
-    cost = train.finetune(classifier, texts, train.soft_labels(samples, 2), config)
-    return cost, train.predict(classifier, texts, config)
 
 
 def test_the_same_run_twice_gives_the_same_bits(classifier, samples):
@@ -116,14 +109,13 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(family, tiny_mo
     body = classifier.model.base_model
     mlp = (body.h if family == "gpt2" else body.layers)[0].mlp  # inside what is checkpointed
     mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    _, plain = finetuned(classifier, samples)
-    once = len(calls)
-    _, recomputed = finetuned(classifier, samples, checkpointing=True)
-    assert len(calls) - once == once + 5  # its 5 steps ran the block again (GPT-2's default dropout stays off)
-    assert_close(recomputed, plain, atol=1e-6, rtol=0)
-    del calls[:]
-    finetuned(classifier, samples)
-    assert len(calls) == once
+    outcomes, seen = [], [0]
+    for checkpointing in (False, True, False):
+        outcomes.append(finetuned(classifier, samples, checkpointing=checkpointing)[1])
+        seen.append(len(calls))
+    once, recomputed, again = np.diff(seen)
+    assert recomputed == once + 5 and again == once  # 5 steps ran the block again (GPT-2's default dropout stays off)
+    assert_close(outcomes[1], outcomes[0], atol=1e-6, rtol=0)
 
 
 def test_longer_inputs_are_cut_and_counted(classifier, samples):
@@ -141,10 +133,9 @@ def test_bfloat16_weights_follow_float32_masters():
         adam.accumulate_grads(first=True)
         adam.step(1e-4)
     assert_close(p.float(), torch.full((4,), 0.99), atol=1 / 512, rtol=0)
-    p.grad = torch.ones_like(p)
-    adam.accumulate_grads(first=True)
-    p.grad = torch.full_like(p, 2.0**-12)
-    adam.accumulate_grads(first=False)
+    for gradient in (1, 2.0**-12):
+        p.grad = torch.full_like(p, gradient)
+        adam.accumulate_grads(first=gradient == 1)
     assert adam.sums[0].tolist() == [1 + 2.0**-12] * 4  # a sum that bfloat16 would round away
 
 
@@ -175,15 +166,13 @@ def test_the_optimizer_asks_for_as_many_operations_for_many_weights_as_for_few(d
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
-def test_a_run_starts_from_what_the_files_hold_and_a_model_that_only_predicts_reads_them_once(
-    own, tiny_model, tmp_path
-):
+def test_a_run_starts_from_what_the_files_hold_and_predictions_read_them_once(own, tiny_model, tmp_path):
     """`own`: dtype of the files. In bfloat16 the masters begin with the float32 weights, not with rounded ones."""
     whole = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).to(own)
     whole.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path)
     classifier = Classifier(ModelSpec(str(tmp_path)), 2, torch.bfloat16)
-    train.predict(classifier, TEXTS, TrainConfig())
+    train.predict(classifier, ["why", "a"], TrainConfig())
     assert "pretrained" not in vars(classifier)
     classifier.reset(TrainConfig())
     for master, want in zip(classifier.optimizer.masters, whole.base_model.parameters(), strict=False):
@@ -199,40 +188,35 @@ def test_the_shards_are_those_of_torch_chunk(rows, ranks):
         assert torch.equal(shard_of(whole, SimpleNamespace(device_mesh=mesh)), chunks[r])
 
 
-LOADING = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-from common import run_script, world, write_text
-from model import Classifier, ModelSpec
-from train import TrainConfig
-
-def private_mb():  # of this process alone; a mapped file's pages are the system's, and shared
+def private_mb() -> float:
+    """Memory of this process alone; a mapped file's pages are the system's, and shared."""
     return next(int(line.split()[1]) / 1000 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 
-def main():
-    Classifier(ModelSpec("random-small"), 2, torch.float32, ranks=world()).reset(TrainConfig())  # imports
-    before, peak = private_mb(), [0]
-    def watch():
-        while True:
-            peak[0] = max(peak[0], private_mb())
-            time.sleep(0.001)
-    threading.Thread(target=watch, daemon=True).start()
-    classifier = Classifier(ModelSpec(sys.argv[1]), 2, torch.float32, ranks=world())
-    classifier.reset(TrainConfig())
-    used = world().gather(peak[0] - before)
-    wholes = zip(classifier.model.base_model.parameters(), classifier.pretrained, strict=True)
-    same = [torch.equal(getattr(p, "full_tensor", lambda: p)(), w) for p, w in wholes]
-    if world().rank == 0:
-        write_text(Path(sys.argv[2]), json.dumps([used, all(same)]))
 
-run_script(main)
-"""
+def load_and_watch(model: Path, told: Path) -> None:
+    """One of several ranks: the most memory that each takes to load the model, and whether it has the files' weights."""
+    Classifier(ModelSpec("random-small"), 2, torch.float32, ranks=world()).reset(TrainConfig())  # imports
+    before, most = private_mb(), [0]
+
+    def watch() -> None:
+        while True:
+            most[0] = max(most[0], private_mb())
+            time.sleep(0.001)
+
+    threading.Thread(target=watch, daemon=True).start()
+    classifier = Classifier(ModelSpec(str(model)), 2, torch.float32, ranks=world())
+    classifier.reset(TrainConfig())
+    used = world().gather(most[0] - before)
+    wholes = zip(classifier.model.base_model.parameters(), classifier.pretrained, strict=True)
+    same = all([torch.equal(p.full_tensor(), w) for p, w in wholes])  # every rank must ask
+    if world().rank == 0:
+        write_jsonl(told, [{"used": used, "same": same}])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
-def test_none_of_four_ranks_ever_holds_all_weights(own, tiny_model, tmp_path):
+@pytest.mark.parametrize("own, share", [(torch.float32, 0.3), (torch.bfloat16, 0.7)])
+def test_none_of_four_ranks_ever_holds_all_weights(own, share, tiny_model, tmp_path):
+    """A quarter; of bfloat16 files also the block that becomes float32, and what the allocator keeps of those before it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -241,30 +225,18 @@ def test_none_of_four_ranks_ever_holds_all_weights(own, tiny_model, tmp_path):
     megabytes = 4 * sum(p.numel() for p in model.model.parameters()) / 1e6  # as float32
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path / "model")
-    (tmp_path / "loading.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LOADING}")
-    end = torchrun(tmp_path / "loading.py", tmp_path / "model", tmp_path / "found.json", ranks=4)
-    told = end.communicate(timeout=300)[0]
-    assert end.returncode == 0, told
-    used, same = json.loads((tmp_path / "found.json").read_text())
-    print(megabytes, used)
-    assert same and 180 < megabytes < 220
-    # a quarter; of bfloat16 files also the block that becomes float32, and what the allocator keeps of those before it
-    assert max(used) < megabytes * (0.3 if own == torch.float32 else 0.7)
+    finish(start(4, load_and_watch, tmp_path / "model", tmp_path / "told"))
+    [told] = read_jsonl(tmp_path / "told")
+    assert told["same"] and 180 < megabytes < 220 and max(told["used"]) < share * megabytes, told
 
 
-def test_steps_are_in_the_file_while_training_goes_on(classifier, samples, tmp_path, monkeypatch):
+def test_steps_are_in_the_file_while_training_goes_on(classifier, samples, tmp_path):
     """Whoever reads the file between two steps finds all steps before."""
-    file, seen, batch = tmp_path / "new/steps.jsonl", [], train.backward_batch
-
-    def watched(*args):
-        seen.append([r["step"] for r in read_jsonl(file)])
-        return batch(*args)
-
-    monkeypatch.setattr(train, "backward_batch", watched)
+    file, seen = tmp_path / "new/steps.jsonl", []
     texts, labels = [s["text"] for s in samples], train.soft_labels(samples, 2)
-    cost = train.finetune(classifier, texts, labels, TrainConfig(epochs=1, batch_size=8), file)
-    assert seen == [list(range(n)) for n in range(5)]
-    assert read_jsonl(file) == cost["log"]
+    config = TrainConfig(epochs=1, batch_size=8)
+    cost = train.finetune(classifier, texts, labels, config, file, lambda row: seen.append(read_jsonl(file)))
+    assert seen == [cost["log"][: n + 1] for n in range(5)]
 
 
 @pytest.mark.parametrize("seconds, lines", [(10, 0), (400, 20)])
@@ -280,34 +252,21 @@ def test_a_long_run_prints_a_line_per_twentieth_and_a_short_one_none(seconds, li
         assert told[4] == "finetune it: step 25 of 100 (25%), loss 0.7000, lr 1.00e-05, 250 tokens/s, 5.0 min left"
 
 
-BAD_LABELS = {
-    "negative": torch.tensor([[1.5, -0.5], [0, 1]]),
-    "does not sum to one": torch.tensor([[0.5, 0.4], [0, 1]]),
-    "not a number": torch.tensor([[math.nan, 1.0], [0, 1]]),
-    "one row too few": torch.tensor([[0.0, 1.0]]),
-    "classes, not probabilities": torch.tensor([0.0, 1.0]),
-}
+BAD = [  # texts, labels, told
+    ("ab", [[1.5, -0.5], [0, 1]], "label of sample 0"),
+    ("ab", [[0.5, 0.4], [0, 1]], "label of sample 0"),
+    ("ab", [[math.nan, 1], [0, 1]], "label of sample 0"),
+    ("ab", [[0, 1]], "labels of shape"),
+    ("ab", [0, 1], "labels of shape"),
+    ("", [], "0 samples"),
+    (["a", ""], [[0, 1], [1, 0]], "token"),  # it has no last token for the head to read
+]
 
 
-@pytest.mark.parametrize("kind", BAD_LABELS)
-def test_bad_labels_raise(classifier, kind):
-    with pytest.raises(ValueError, match="label"):
-        train.finetune(classifier, ["a", "b"], BAD_LABELS[kind], TrainConfig())
-
-
-def test_no_samples_and_labels_that_are_no_class_raise(classifier):
-    with pytest.raises(ValueError, match="0 samples"):
-        train.finetune(classifier, [], torch.zeros(0, 2), TrainConfig())
-    for label in (2, -1, "yes", None):
-        with pytest.raises(InputError, match="'s7'"):
-            train.soft_labels([{"id": "s7", "label": label}], 2)
-
-
-def test_a_text_without_tokens_raises(classifier):
-    with pytest.raises(ValueError, match="token"):  # it has no last token for the head to read
-        train.finetune(classifier, ["a", ""], torch.eye(2), TrainConfig())
-    with pytest.raises(ValueError, match="token"):
-        train.predict(classifier, ["a", ""], TrainConfig())
+@pytest.mark.parametrize("texts, labels, told", BAD)
+def test_what_cannot_be_learned_raises(texts, labels, told, classifier):
+    with pytest.raises(ValueError, match=told):
+        train.finetune(classifier, list(texts), torch.tensor(labels), TrainConfig())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(classifier, samples):
@@ -336,33 +295,26 @@ def test_a_saved_model_gives_the_recorded_probabilities(tmp_path, tiny_model, sa
 # ---- as a script ----
 
 
-SOFT = ([0.9, 0.1], [0.1, 0.9])
-
-
-def run_script(*args):
-    return subprocess.run([sys.executable, ROOT / "train.py", *args], capture_output=True, text=True, cwd=ROOT)
-
-
-def test_the_script_trains_predicts_and_does_not_overwrite(tmp_path, tiny_model, samples):
-    write_jsonl(
-        tmp_path / "train.jsonl", [{k: s[k] for k in ("id", "text")} | {"probs": SOFT[s["label"]]} for s in samples]
-    )
+def test_the_script_trains_predicts_and_does_not_overwrite(tmp_path, tiny_model, samples, capsys):
+    soft = [{"id": s["id"], "text": s["text"], "probs": ([0.9, 0.1], [0.1, 0.9])[s["label"]]} for s in samples]
+    write_jsonl(tmp_path / "train.jsonl", soft)
     write_jsonl(tmp_path / "test.jsonl", samples[:10])
     flags = ["--model", tiny_model("llama"), "--train", tmp_path / "train.jsonl", "--test", tmp_path / "test.jsonl"]
     flags += ["--out", tmp_path / "run", "--loss", "logconf", "--epochs", "1", "--lr", "0.01"]
-    done = run_script(*flags)
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "run/predictions.jsonl")
     assert [r["id"] for r in rows] == [s["id"] for s in samples[:10]]
     assert all(len(r["probs"]) == 2 and sum(r["probs"]) == pytest.approx(1, abs=1e-6) for r in rows)
     correct = sum(np.argmax(r["probs"]) == s["label"] for r, s in zip(rows, samples, strict=False))
     assert f"accuracy {correct / 10:.4f} on 10" in done.stdout
-    steps = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    steps = read_jsonl(tmp_path / "run/steps.jsonl")
     assert [s["step"] for s in steps] == [0, 1] and steps[0]["lr"] == 0.01
 
     before = (tmp_path / "run/predictions.jsonl").read_bytes()
-    again = run_script(*flags)
-    assert (again.returncode, again.stderr.count("\n")) == (2, 1) and str(tmp_path / "run") in again.stderr
+    assert run("train", *flags) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(tmp_path / "run") in told
     assert (tmp_path / "run/predictions.jsonl").read_bytes() == before
 
 
@@ -389,9 +341,8 @@ def head_alone(x, y, config):
 def test_heads_trained_at_once_are_those_trained_alone(n):
     torch.manual_seed(0)
     x = torch.randn(45, 16)
-    configs = [
-        TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8) for seed in range(3) for loss in train.LOSSES
-    ][-n:]
+    kinds = [(seed, loss) for seed in range(3) for loss in train.LOSSES][-n:]
+    configs = [TrainConfig(loss=loss, lr=0.01, seed=seed, epochs=3, batch_size=8) for seed, loss in kinds]
     labels = [(4 * torch.randn(45, 2)).softmax(-1) for _ in configs]
     weights = heads.finetune_heads(x, labels, configs)
     for e, config in enumerate(configs):
@@ -408,10 +359,8 @@ def test_a_loss_that_was_edited_is_not_computed_by_the_kernel_of_the_old_one(mon
 
 
 def test_out_of_memory_halves_the_budget_and_changes_nothing(classifier, samples, monkeypatch, capsys):
-    texts, labels = [s["text"] for s in samples[:16]], torch.eye(2)[[s["label"] for s in samples[:16]]]
-    config, logits = TrainConfig(loss="logconf", lr=1e-3, batch_size=8), Classifier.logits
-    plain = train.finetune(classifier, texts, labels, config)
-    wanted = train.predict(classifier, texts, config)
+    samples, settings, logits = samples[:16], {"loss": "logconf", "lr": 1e-3, "epochs": 2}, Classifier.logits
+    plain, wanted = finetuned(classifier, samples, **settings)
 
     def small_memory(self, tokens):
         if torch.is_grad_enabled() and sum(map(len, tokens)) > 60:
@@ -419,10 +368,10 @@ def test_out_of_memory_halves_the_budget_and_changes_nothing(classifier, samples
         return logits(self, tokens)
 
     monkeypatch.setattr(Classifier, "logits", small_memory)
-    cost = train.finetune(classifier, texts, labels, config)
+    cost, probs = finetuned(classifier, samples, **settings)
     assert cost["max_tokens_per_forward"] <= 60 and "out of memory: again" in capsys.readouterr().out
     assert_close([r["loss"] for r in cost["log"]], [r["loss"] for r in plain["log"]], atol=1e-5, rtol=0)
-    assert_close(train.predict(classifier, texts, config), wanted, atol=1e-5, rtol=0)
+    assert_close(probs, wanted, atol=1e-5, rtol=0)
     monkeypatch.setattr(Classifier, "logits", lambda self, tokens: small_memory(self, tokens * 100))
     with pytest.raises(torch.OutOfMemoryError):
-        train.finetune(classifier, texts, labels, config)
+        finetuned(classifier, samples, **settings)
