@@ -25,8 +25,7 @@ NASTY = {
 ACCURACY = {
     "weak_floor": 0.55, "strong_ceiling": 0.95, "zero_shot_evidence": 0.5, "finetune": 0.6, "ours": 0.85, "naive_ensemble": 0.65, "ensemble_3": 0.8,
 }  # fmt: skip
-LABELS = w2s.REFERENCE_RUNS | w2s.ZERO_SHOT | {n: m.label for n, m in w2s.METHODS.items()}
-SHOWN = {n: m.shown for n, m in w2s.METHODS.items()}
+LABELS, SHOWN = w2s.LABELS, w2s.SHOWN
 
 
 def write_predictions(file, p_one) -> None:
