@@ -222,37 +222,24 @@ def align_by_id(rows: list[dict], ids: list[str], what: str) -> list[dict]:
 
 
 def parse_dataclass(cls: type, argv: list[str], prog: str, doc: str):
-    """A frozen dataclass from flags: one flag per field, default and help from `flag(default, help)`."""
-    return cls(**as_tuples(flag_parser(cls, prog, doc).parse_args(argv)))
+    """A frozen dataclass from flags: one per field, with default and help from `flag(default, help)`."""
+    return cls(**parse_given(cls, argv, prog, doc))
 
 
 def parse_given(cls: type, argv: list[str], prog: str, doc: str) -> dict:
-    """Of the same flags only those that stand in `argv`, by field."""
-    parser = flag_parser(cls, prog, doc)
-    parser.parse_args(argv)  # --help shows the defaults
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return as_tuples(parser.parse_args(argv))
-
-
-def as_tuples(values: argparse.Namespace) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
-
-
-def flag_parser(cls: type, prog: str, doc: str) -> "Parser":
-    parser = Parser(prog=prog, description=doc, formatter_class=Help, allow_abbrev=False)
+    """Of the same flags those that stand in `argv`, by field."""
+    parser = Parser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(cls):
-        kind, help_text = f.metadata.get("kind", str), f.metadata["help"]
-        flag = "--" + f.name.replace("_", "-")
-        required = f.default is dataclasses.MISSING
-        options: dict = {"help": help_text} if required else {"default": f.default, "help": help_text}
+        required, kind = f.default is dataclasses.MISSING, f.metadata["kind"]
+        shown = "" if required else f" (default: {f.default})"
+        options: dict = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS, "required": required}
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-            continue
-        if isinstance(f.default, tuple):
-            options["nargs"] = "+"
-        parser.add_argument(flag, type=kind, required=required, choices=f.metadata.get("choices"), **options)
-    return parser
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "choices": f.metadata["choices"]}
+            options["nargs"] = "+" if isinstance(f.default, tuple) else None
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -260,17 +247,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; `{self.prog} --help` lists the flags")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def flag(
-    default: object = dataclasses.MISSING,
-    help: str = "",
-    kind: type = str,
-    choices: tuple | None = None,
-    speed: bool = False,
-):
+def flag(default: object = dataclasses.MISSING, help: str = "", kind: type = str, choices=None, speed: bool = False):
     """A dataclass field that `parse_dataclass` turns into a flag. `speed`: it changes nothing but speed and memory."""
     return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "speed": speed})
 
@@ -286,9 +263,7 @@ def run_script(main: Callable[[], None]) -> None:
         with distributed():
             main()
     except InputError as e:
-        print(
-            f"error: {e}", file=sys.stderr
-        )  # on every rank: it may be one's alone, and the first to end stops the others
+        print(f"error: {e}", file=sys.stderr)  # on every rank: it may be one's alone
         code = 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # stdout was closed

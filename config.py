@@ -9,10 +9,9 @@ import torch
 
 import data.prepare
 from common import ROOT, InputError, flag, print0
-from generate import DebateConfig
+from generate import ENGINES, DebateConfig
 from kernels import CHOICES, resolve
 from model import ModelSpec, resolve_dtype
-from report import stats
 from sizes import GPUS
 from train import TrainConfig
 
@@ -73,17 +72,17 @@ METHODS = {
     "turns_5": Method("5 turns", "debate", FOUR, ("figure3:5",), turns=5),
     "turns_6": Method("6 turns", "debate", FOUR, ("figure3:6",), turns=6),
 }
+LABELS = {n: m.label for n, m in METHODS.items()} | {
+    "weak_floor": "weak performance",
+    "strong_ceiling": "strong ceiling",
+    "zero_shot_weak": "weak model, zero-shot",
+    "zero_shot_strong": "strong model, zero-shot",
+    "zero_shot_evidence": "strong model, zero-shot with evidence",
+}
+SHOWN = {n: m.shown for n, m in METHODS.items()}
 TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
 COSTLY = ("independent", "other_debate")  # run only where --methods names them
 DEFAULT_METHODS = tuple(n for n in METHODS if n not in COSTLY)
-ZERO_SHOT = dict(
-    zip(
-        stats.ZERO_SHOT,
-        ("weak model, zero-shot", "strong model, zero-shot", "strong model, zero-shot with evidence"),
-        strict=True,
-    )
-)
-REFERENCE_RUNS = dict(zip(stats.BOUNDS, ("weak performance", "strong ceiling"), strict=True))
 FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
 NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
 
@@ -116,11 +115,7 @@ PRESETS = {
     "paper": PAPER,
 }  # fmt: skip
 PER_TASK = {  # where a task departs from its preset
-    ("tiny", "places"): dict(
-        methods=tuple(
-            n for n in DEFAULT_METHODS if n in TABLE_METHODS and "table4" not in METHODS[n].shown or n == "ours"
-        )
-    ),
+    ("tiny", "places"): dict(methods=tuple(n for n in DEFAULT_METHODS if METHODS[n].shown[0] in ("table2", "table5"))),
 }
 
 
@@ -130,9 +125,7 @@ class Config:
 
     preset: str = flag("tiny", "sizes and models; auto: for `plan` only", choices=(*PRESETS, "auto"))
     tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
-    task_file: str | None = flag(
-        None, "a task of your own, JSON lines as data/task_file.py says; --tasks adds others to it"
-    )
+    task_file: str | None = flag(None, "a task of your own (data/task_file.py); --tasks adds others to it")
     methods: tuple = flag(DEFAULT_METHODS, "rows and points of the tables and figures", choices=tuple(METHODS))
     seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
     weak: str = flag("", "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")
@@ -147,9 +140,7 @@ class Config:
     epochs: int = flag(TrainConfig.epochs, "passes over the training samples", int)
     batch_size: int = flag(TrainConfig.batch_size, "samples per optimizer step", int)
     aux_warmup: str = flag(TrainConfig.aux_warmup, "of the confidence loss", choices=("openai", "linear"))
-    lora_rank: int = flag(
-        TrainConfig.lora_rank, "finetune adapters of this rank, one copy of the model per GPU (0: the whole model)", int
-    )
+    lora_rank: int = flag(TrainConfig.lora_rank, "finetune adapters of this rank (0: the whole model)", int)
     lora_alpha: int = flag(TrainConfig.lora_alpha, "adapters count alpha / rank times", int)
     checkpointing: bool = flag(TrainConfig.checkpointing, "recompute activations to save memory", bool)
     transcript: str = flag("first", "judges read it before or after the question", choices=("first", "last"))
@@ -160,28 +151,16 @@ class Config:
     dtype: str = flag(TrainConfig.dtype, "of all models", choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(TrainConfig.compile, "torch.compile every block; pays on a GPU", bool)
     kernels: str = flag(TrainConfig.kernels, "Triton or plain PyTorch in finetuning", choices=CHOICES)
-    engine: str = flag(
-        DebateConfig.engine,
-        "what generates the debates: replicated (a copy of the model per process), sharded (one over all), vllm",
-        choices=("replicated", "sharded", "vllm"),
-    )
-    weak_gpus: int = flag(
-        0, "processes that share a finetuning of the weak model, or the next divisor of their number (0: all)", int
-    )
+    engine: str = flag(DebateConfig.engine, "debater: a copy per process, or sharded over all", choices=tuple(ENGINES))
+    weak_gpus: int = flag(0, "processes that share a finetuning of the weak model, or the next divisor (0: all)", int)
     strong_gpus: int = flag(0, "the same for the strong model", int)
     cache_tokens: int | None = flag(
-        DebateConfig.cache_tokens,
-        "tokens of keys and values that a batch of debates may fill; default: what fits the GPU",
-        int,
+        None, "tokens of keys and values a batch of debates may fill; default: what fits", int
     )
-    max_tokens_per_forward: int = flag(
-        TrainConfig.max_tokens_per_forward, "most tokens in one forward of finetuning; does not change the result", int
-    )
+    max_tokens_per_forward: int = flag(TrainConfig.max_tokens_per_forward, "most tokens in a finetuning forward", int)
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
     json: bool = flag(False, "status as JSON", bool)
-    tensorboard: bool = flag(
-        False, "draw training curves for TensorBoard while they train, in <out>/tensorboard (needs the package)", bool
-    )
+    tensorboard: bool = flag(False, "draw training curves in <out>/tensorboard (needs the package)", bool)
     head_only: bool = flag(False, "train heads alone, all at once, on frozen features; results in <out>/heads", bool)
     head_lr: float = flag(1e-4, "learning rate of --head-only", float)
     head_epochs: int = flag(20, "passes over the training samples of --head-only", int)
@@ -192,10 +171,7 @@ class Config:
 
     @classmethod
     def of(cls, task: str | None = None, **given) -> "Config":
-        """What holds for `task` with these flags; `auto` and values that follow from others are filled in.
-
-        Raises InputError on values out of range.
-        """
+        """What holds for `task` with these flags, `auto` and what follows from others filled in. Raises as `check`."""
         preset = given.get("preset", cls.preset)
         config = cls(**(PRESETS[preset] | PER_TASK.get((preset, task), {}) | given))
         config = dataclasses.replace(
@@ -205,6 +181,11 @@ class Config:
         )  # fmt: skip
         config.check()
         return config
+
+    def settings(self, cls: type, **more):
+        """A DebateConfig or TrainConfig with the flags that are its fields, and `more`."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in vars(self).items() if k in names} | more)
 
     def check(self) -> None:
         """Raises InputError on values out of range."""

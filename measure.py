@@ -79,7 +79,7 @@ def estimated(plan, work) -> float:
 
 
 def debate_once(plan, work) -> float:
-    settings = DebateConfig(**{f.name: getattr(plan.c, f.name) for f in dataclasses.fields(DebateConfig)})
+    settings = plan.c.settings(DebateConfig)
     debater, (turns, seeds) = ENGINES[settings.engine](work.model, settings), plan.longest_debate(work)
     debater.is_end[:] = False  # every turn as long as it may be
     text, size = words(debater.tokenizer, sum(plan.longest)), plan.samples(work, turns, seeds, plan.longest)

@@ -15,6 +15,13 @@ from pathlib import Path
 
 from common import ROOT, InputError
 
+# What does not count and leads nowhere: tables of which a stage records the entry that it uses and gives the function
+# there as a root of its own, models, which it records by their weights, what reports progress, and descriptions of work.
+APART = (
+    "LOSSES", "READ", "PROTOCOL_OF", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
+    "StepLog", "tensorboard", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
+)  # fmt: skip
+
 
 @dataclasses.dataclass
 class Module:
@@ -37,9 +44,9 @@ def parse(module: str) -> Module:
     imports: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            imports |= {
-                a.asname or a.name.split(".")[0]: (a.name if a.asname else a.name.split(".")[0], "") for a in node.names
-            }
+            for a in node.names:  # `import a.b` binds a
+                imported = a.name if a.asname else a.name.split(".")[0]
+                imports[a.asname or imported] = imported, ""
         elif isinstance(node, ast.ImportFrom):
             imports |= {a.asname or a.name: (node.module, a.name) for a in node.names}
     for node in tree.body:
@@ -68,21 +75,18 @@ class Plain(ast.NodeTransformer):
         return ast.Raise()
 
     def visit_AnnAssign(self, node: ast.AnnAssign):
-        value = node.value
-        by_flag = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "flag"
+        by_flag = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "flag"
         return None if by_flag else self.generic_visit(node)
 
 
 def named(node: ast.AST) -> set[tuple[str, ...]]:
-    """Names and dotted names that a definition reads, without its own arguments and variables."""
-    own = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    own |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
-    if isinstance(node, ast.ClassDef) or not isinstance(node, ast.FunctionDef):
-        own = set()  # a method's variable is not another method's
-        if isinstance(node, ast.ClassDef):
-            parts = [*node.bases, *node.decorator_list, *node.body]
-            return set().union(*(named(part) for part in parts))
-    found = set()
+    """Names and dotted names that a definition reads, without a function's own arguments and variables."""
+    if isinstance(node, ast.ClassDef):  # part by part: a method's variable is not another method's
+        return set().union(*map(named, [*node.bases, *node.decorator_list, *node.body]))
+    own, found = set(), set()
+    if isinstance(node, ast.FunctionDef):
+        own = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
     for n in ast.walk(node):
         chain, base = [], n
         while isinstance(base, ast.Attribute):
@@ -108,23 +112,17 @@ def resolve(module: str, path: tuple[str, ...]) -> tuple[str, str] | None:
     return None
 
 
-def reached(roots: list[Callable], apart: tuple[str, ...] = ()) -> dict[str, str]:
-    """Digest of every definition that `roots` (functions, classes) can reach, by "module.name".
-
-    `apart` are definitions that do not count and lead nowhere: tables of which a stage records the entry that it uses
-    and gives the function there as a root of its own; and what only reports progress.
-    """
+def reached(roots: list[Callable]) -> dict[str, str]:
+    """Digest of every definition that `roots` (functions, classes) can reach, by "module.name"."""
     found: dict[str, str] = {}
     main = Path(getattr(sys.modules["__main__"], "__file__", "") or "").stem
     if unnamed := next((f for f in roots if "<" in f.__qualname__), None):
-        raise InputError(
-            f"{unnamed.__module__}: a lambda cannot be told from its edits; give the function a name (def)"
-        )
+        raise InputError(f"{unnamed.__module__}: a lambda has no name to find it by; give the function a name (def)")
     todo = [(main if f.__module__ == "__main__" else f.__module__, f.__qualname__.split(".")[0]) for f in roots]
     while todo:
         module, name = todo.pop()
         key = f"{module}.{name}"
-        if key not in found and name not in apart:
+        if key not in found and name not in APART:
             found[key], more = definition(module, name)
             todo += more
     return dict(sorted(found.items()))

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import enum
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -17,21 +19,19 @@ from pathlib import Path
 
 from common import ALONE, ROOT, InputError, Ranks, read_json, world, write_text
 
-_digests: dict[tuple, str] = {}
-
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of all files of a folder by name; cached by size and mtime."""
-    path = Path(path)
     if path.is_dir():
         parts = [(p.relative_to(path).as_posix(), digest(p)) for p in sorted(path.rglob("*")) if p.is_file()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        with open(path, "rb") as f:
-            _digests[key] = hashlib.file_digest(f, "sha256").hexdigest()
-    return _digests[key]
+    return digest_of_file(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def digest_of_file(path: Path, size: int, mtime: int) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def settings_of(settings, **more) -> dict:
@@ -41,7 +41,7 @@ def settings_of(settings, **more) -> dict:
     config = {f.name: getattr(settings, f.name) for f in fields if f.name not in speed}
     return {
         "config": config | more,
-        "defaults": {f.name: f.default for f in fields if f.name not in speed},
+        "defaults": {f.name: f.default for f in fields if f.name in config},
         "speed": speed,
     }
 
@@ -101,11 +101,8 @@ class Stage:
         if have is None and read_json(self.folder / "started.json") == want:
             return State.BEGUN, []
         if have is None:
-            how = (
-                "begun with other settings"
-                if "started.json" in there
-                else f"{min(there, default='')}, of unknown origin"
-            )
+            begun = "started.json" in there
+            how = "begun with other settings" if begun else f"{min(there, default='')}, of unknown origin"
             return (State.STALE, [how]) if there - {"started.json"} else (State.MISSING, [])
         if not have:
             return State.STALE, ["manifest.json is not readable"]
@@ -157,7 +154,8 @@ class Stage:
         if state is State.DONE or state is State.MISSING and self.copied():
             return None
         if state is State.STALE:
-            aside = free_name(self.folder)
+            names = (self.folder.with_name(f"{self.folder.name}.stale{n}") for n in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
             print(f"stale: {self.folder} ({'; '.join(why)}); the old files are now in {aside.name}", flush=True)
             os.replace(self.folder, aside)
         want = self.wanted()
@@ -191,11 +189,10 @@ class Stage:
     def accept(self) -> bool:
         """Take what is there as made by the code as it now is, where nothing but the code differs; True if it did."""
         have = self.filled(read_manifest(self.folder) or {})
-        if (
-            "outputs" not in have
-            or self.changed_outputs(have)
-            or differences(have | {"code": self.code}, want := self.wanted())
-        ):
+        if "outputs" not in have or self.changed_outputs(have):
+            return False
+        want = self.wanted()
+        if differences(have | {"code": self.code}, want):
             return False
         changed = differences(have, want)
         accepted = [*have.get("accepted", []), {"commit": git_commit(), "changed": changed}]
@@ -208,13 +205,10 @@ def differences(have: dict, want: dict) -> list[str]:
     lines = []
     for part in ("config", "inputs"):
         old, new = have.get(part, {}), want[part]
-        lines += [
-            f"{part}.{k}: {str(old.get(k))[:60]} -> {str(new.get(k))[:60]}"
-            for k in sorted(old.keys() | new.keys())
-            if old.get(k) != new.get(k)
-        ]
+        changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        lines += [f"{part}.{k}: {str(old.get(k))[:60]} -> {str(new.get(k))[:60]}" for k in changed]
     old, new = have.get("code", {}), want["code"]
-    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return lines + ([f"code: {', '.join(changed[:3])}{more}"] if changed else [])
 
@@ -235,13 +229,6 @@ def read_manifest(folder: Path) -> dict | None:
     plain = isinstance((have or {}).get("seconds", 0), int | float)
     whole = plain and all(isinstance(p, dict) for p in parts) and all(type(n) is int for n in parts[4].values())
     return have if whole else {}
-
-
-def free_name(folder: Path) -> Path:
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}.stale{n}")).exists():
-        n += 1
-    return aside
 
 
 def provenance() -> dict:

@@ -7,8 +7,9 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,11 +66,6 @@ class Run:
     tensorboard: bool = False
     heads: bool = False
 
-    def same_texts(self, other: "Run") -> bool:
-        """Whether two runs read the same, so that a frozen model's features serve both."""
-        mine, others = ((r.model, r.reads, r.debate_seed, r.turns, r.part) for r in (self, other))
-        return mine == others
-
 
 @dataclasses.dataclass(frozen=True)
 class Files:
@@ -87,6 +83,11 @@ class Files:
     def transcripts(self, protocol: str, seed: int, part: str) -> Path:
         return self.folder / f"transcripts/{protocol}/seed{seed}/{part}.jsonl"
 
+    def inputs(self, parts: Iterable[str], evidence: bool) -> dict[str, Path]:
+        """What a stage reads of these parts: the samples, and the evidence where it does."""
+        samples = {part: self.samples(part) for part in parts}
+        return samples | ({f"{part} evidence": self.evidence(part) for part in parts} if evidence else {})
+
 
 # ---- what a finetuned model reads of a sample: one function for each value of `reads` ----
 
@@ -98,18 +99,15 @@ def read_nothing(run: Run, files: Files, part: str) -> list[dict]:
 
 def read_evidence(run: Run, files: Files, part: str) -> list[dict]:
     """The passage itself, in place of a debate about it."""
-    samples = joined(files.samples(part), files.evidence(part))
+    samples = joined(read_jsonl(files.samples(part)), files.evidence(part))
     return [s | {"text": with_evidence(s["evidence"], s["text"])} for s in samples]
 
 
 def read_sides(run: Run, files: Files, part: str) -> list[dict]:
     """The sides that the debaters take, without their arguments."""
-
-    def sides(sample: dict) -> str:
-        return transcript_text(files.task, "debate", [assign_side(sample["id"], turn) for turn in (0, 1)], ["", ""])
-
     samples = read_jsonl(files.samples(part))
-    return beside(run, samples, list(map(sides, samples)))
+    sides = [[assign_side(s["id"], turn) for turn in (0, 1)] for s in samples]
+    return beside(run, samples, [transcript_text(files.task, "debate", of_sample, ["", ""]) for of_sample in sides])
 
 
 def read_transcript(run: Run, files: Files, part: str) -> list[dict]:
@@ -131,7 +129,7 @@ def beside(run: Run, samples: list[dict], said: list[str]) -> list[dict]:
 def transcribed(run: Run, files: Files, part: str) -> tuple[list[dict], list[str]]:
     """The samples, and of each the first turns of its transcript."""
     protocol = PROTOCOL_OF[run.reads]
-    rows = joined(files.samples(part), files.transcripts(protocol, run.debate_seed, part))
+    rows = joined(read_jsonl(files.samples(part)), files.transcripts(protocol, run.debate_seed, part))
     return rows, [transcript_text(files.task, protocol, *(r[k][: run.turns] for k in ("sides", "turns"))) for r in rows]
 
 
@@ -144,12 +142,10 @@ def weak_choice(floor: Path, dtype: torch.dtype, task: str, order: str) -> debat
     """For market-making: samples and their transcripts so far -> the class that the weak floor, a model's folder, prefers."""
     classifier = load_kept(floor, 2, dtype)
 
-    def shown(sample: dict, row: dict) -> str:
-        said = transcript_text(task, "market_making", row["sides"], row["turns"])
-        return judge_input(sample["text"], said, order) if row["turns"] else sample["text"]
-
     def choose(samples: list[dict], rows: list[dict]) -> list[int]:
-        texts = [shown(s, r) for s, r in zip(samples, rows, strict=True)]
+        said = [transcript_text(task, "market_making", r["sides"], r["turns"]) for r in rows]
+        pairs = zip(samples, said, strict=True)
+        texts = [judge_input(s["text"], text, order) if text else s["text"] for s, text in pairs]
         return train.predict(classifier, texts, TrainConfig()).argmax(-1).tolist()
 
     return choose
@@ -220,8 +216,8 @@ def make_zero_shot(files: Files, work: ZeroShot, settings: DebateConfig, out: Pa
 
 def debated(files: Files, part: str) -> list[dict]:
     """What debaters read: the samples, with evidence where the task has any."""
-    has_evidence = files.evidence(part).exists()
-    return joined(files.samples(part), files.evidence(part)) if has_evidence else read_jsonl(files.samples(part))
+    samples, evidence = read_jsonl(files.samples(part)), files.evidence(part)
+    return joined(samples, evidence) if evidence.exists() else samples
 
 
 def make_run(files: Files, run: Run, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
@@ -262,16 +258,14 @@ def tensorboard(files: Files, run: Run, ranks: Ranks) -> Iterator[train.Tracker 
 def labelled(files: Files, run: Run, read: Callable) -> list[dict]:
     """The run's training samples as it reads them, with their labels."""
     rows = read(run, files, run.part)
-    if run.labels is None:
-        return rows
-    labels = align_by_id(read_jsonl(run.labels), [r["id"] for r in rows], str(run.labels))
-    return [{**r, **y} for r, y in zip(rows, labels, strict=True)]
+    return joined(rows, run.labels) if run.labels else rows
 
 
-def make_head(files: Files, run: Run, all_runs: Callable, read: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
+def make_head(files: Files, run: Run, read: Callable, all_runs: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
     """--head-only: the run's head, trained at once with those of all runs that read the same."""
     if run.name not in held.heads:
-        start, alike = time.time(), [r for r in all_runs() if r.same_texts(run)]
+        start, reading = time.time(), operator.attrgetter("model", "reads", "debate_seed", "turns", "part")
+        alike = [r for r in all_runs() if reading(r) == reading(run)]  # a frozen model's features serve them all
         parts = dict.fromkeys([run.part, *(part for r in alike for part in r.predicts)])
         texts = {part: [row["text"] for row in read(run, files, part)] for part in parts}
         labels = [train.soft_labels(labelled(files, r, read), 2) for r in alike]
@@ -287,20 +281,20 @@ def make_head(files: Files, run: Run, all_runs: Callable, read: Callable, out: P
 
 def average_labels(members: list[Path], out: Path, ranks: Ranks, held: Held) -> dict:
     """Weak labels: the arithmetic mean of the members' probabilities."""
-    tables = [read_jsonl(path) for path in members]
-    ids = [r["id"] for r in tables[0]]
-    tables = [align_by_id(t, ids, str(path)) for t, path in zip(tables, members, strict=True)]
-    mean = [
-        [sum(p) / len(p) for p in zip(*(r["probs"] for r in rows), strict=True)] for rows in zip(*tables, strict=True)
-    ]
-    write_jsonl(out / "train_b.jsonl", [{"id": i, "probs": p} for i, p in zip(ids, mean, strict=True)])
+    ids = [r["id"] for r in read_jsonl(members[0])]
+    tables = [align_by_id(read_jsonl(path), ids, str(path)) for path in members]
+    rows = []
+    for sample_id, *of_members in zip(ids, *tables, strict=True):
+        by_class = zip(*(r["probs"] for r in of_members), strict=True)
+        rows.append({"id": sample_id, "probs": [sum(p) / len(p) for p in by_class]})
+    write_jsonl(out / "train_b.jsonl", rows)
     return {"samples": len(ids)}
 
 
-def joined(samples: Path, more: Path) -> list[dict]:
-    """Samples with what another file holds on them, matched by id."""
-    rows = read_jsonl(samples)
-    return [r | m for r, m in zip(rows, align_by_id(read_jsonl(more), [r["id"] for r in rows], str(more)), strict=True)]
+def joined(rows: list[dict], path: Path) -> list[dict]:
+    """Rows with what a file holds on the same samples, matched by id."""
+    more = align_by_id(read_jsonl(path), [r["id"] for r in rows], str(path))
+    return [r | m for r, m in zip(rows, more, strict=True)]
 
 
 def tokens_by_turn(folder: Path) -> list[int]:

@@ -34,21 +34,13 @@ import plan as estimate
 import status
 import steps
 import train
-from common import (
-    InputError,
-    Ranks,
-    check_out,
-    parse_given,
-    print0,
-    read_jsonl,
-    run_script,
-    world,
-)
-from config import FIGURE_METHODS, METHODS, NO_FIGURES, REFERENCE_RUNS, ZERO_SHOT, Config, Method, show_config
+from common import InputError, Ranks, check_out, parse_given, print0, read_jsonl, run_script, world
+from config import FIGURE_METHODS, LABELS, METHODS, NO_FIGURES, SHOWN, Config, Method, show_config
 from debate import PROTOCOLS
 from generate import DebateConfig
 from model import ModelSpec, load_tokenizer
 from reach import reached
+from report import stats
 from report.page import redraw, write
 from report.rows import Reported, collect, saved
 from stages import Stage, State, digest, locked, settings_of
@@ -57,197 +49,154 @@ from train import TrainConfig
 
 # ---- the steps of one task, in the paper's order ----
 
-# What does not make a stage stale as code: tables of which it records the entry that it uses, models, which it records by
-# their weights, what reports progress, and descriptions of the work.
-APART = (
-    "LOSSES", "READ", "PROTOCOL_OF", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
-    "StepLog", "tensorboard", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
-)  # fmt: skip
 
-
-@dataclasses.dataclass(frozen=True)
 class Experiment:
     """The steps of one task, each a Stage. To build a stage computes nothing and changes nothing."""
 
-    config: Config
-    task: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.out) / self.task
-
-    @property
-    def files(self) -> Files:
-        return Files(self.folder, self.task)
-
-    @property
-    def runs(self) -> Path:
-        """The folder of what is trained on the data and the debates."""
-        return results_folder(self.config) / self.task
-
-    @property
-    def weak(self) -> ModelSpec:
-        return ModelSpec.parse(self.config.weak)
-
-    @property
-    def strong(self) -> ModelSpec:
-        return ModelSpec.parse(self.config.strong)
-
-    @property
-    def has_evidence(self) -> bool:
-        return bool(data.prepare.TASKS[self.task].evidence)
+    def __init__(self, config: Config, task: str):
+        self.config, self.task = config, task
+        self.weak, self.strong = ModelSpec.parse(config.weak), ModelSpec.parse(config.strong)
+        self.folder = Path(config.out) / task
+        self.files = Files(self.folder, task)
+        self.runs = results_folder(config) / task  # what is trained on the data and the debates
+        self.has_evidence = bool(data.prepare.TASKS[task].evidence)
+        self.wording = dataclasses.asdict(debate.PROMPTS[task])  # what prompts say, and the names of the two sides
 
     def prepare(self) -> Stage:
         """The samples: train_a for the weak models, train_b for the strong one, and test."""
         c, task = self.config, data.prepare.TASKS[self.task]
         limits = {"limit_train": c.limit_train, "limit_test": c.limit_test, "max_tokens": c.max_sample_tokens}
         row = {k: v for k, v in vars(task).items() if k not in ("formatter", "wording", "file")}
-        made_with = {
-            "data_dir": None if task.file else c.data_dir and "local",
-            "tokenizers": [tokenizer_identity(m) for m in (self.weak, self.strong)],
-        }
+        source = {"data_dir": None if task.file else c.data_dir and "local"}
+        source["tokenizers"] = [tokenizer_identity(m) for m in (self.weak, self.strong)]
         return Stage(
-            self.folder / "data", {"task": self.task} | row | made_with | limits,
-            {p.name: p for p in source_files(self.task, c.data_dir)}, functools.partial(steps.make_data, self.task, c.data_dir, (self.weak, self.strong), limits),
-            code=reached([steps.make_data, task.formatter], APART),
+            self.folder / "data", {"task": self.task} | row | source | limits,
+            {p.name: p for p in source_files(self.task, c.data_dir)},
+            functools.partial(steps.make_data, self.task, c.data_dir, (self.weak, self.strong), limits),
+            code=reached([steps.make_data, task.formatter]),
             defaults={f.name: f.default for f in dataclasses.fields(task)} | {"values": {}},
         )  # fmt: skip
 
-    def weak_floor(self, seed: int) -> Run:
-        """The weak model on ground truth, without debate. Replicate 0 stays: market-making asks it for its choice."""
-        return self.member("nothing", 0, 0, 0, seed)
-
-    def strong_ceiling(self, seed: int) -> Run:
-        """The strong model on the ground truth of the student's half."""
-        gold = self.folder / "data/train_b.gold.jsonl"
-        return self.run(f"strong-ceiling-s{seed}", seed, labels=gold, predicts=("test",))
-
     def debates(self, protocol: str, turns: dict[int, int]) -> Stage:
         """Transcripts of train_a and train_b for every debate seed, with `turns[seed]` turns at least."""
-        c, files = self.config, self.files
-        settings = DebateConfig(**{f.name: getattr(c, f.name) for f in dataclasses.fields(DebateConfig)})
-        inputs = {part: files.samples(part) for part in ("train_a", "train_b")}
-        if self.has_evidence:
-            inputs |= {f"{part} evidence": files.evidence(part) for part in inputs}
+        c, work = self.config, Debates(protocol, self.strong, turns)
+        settings, inputs = c.settings(DebateConfig), self.files.inputs(("train_a", "train_b"), self.has_evidence)
         judge, more, roots = None, {}, [steps.make_debates, generate.ENGINES[c.engine], data.prepare.Wording]
         if protocol == "market_making":
-            folder = self.finetuning(self.market_making_judge()).folder / "model"
-            inputs["weak_floor"], more = folder, {"transcript": c.transcript}
-            judge = functools.partial(steps.weak_choice, folder, getattr(torch, c.dtype), self.task, c.transcript)
+            floor = self.market_making_judge().folder / "model"
+            inputs["weak_floor"], more = floor, {"transcript": c.transcript}
+            judge = functools.partial(steps.weak_choice, floor, getattr(torch, c.dtype), self.task, c.transcript)
             roots.append(steps.weak_choice)
-        work = Debates(protocol, self.strong, turns)
         return Stage(
             self.folder / "transcripts" / protocol, inputs=inputs,
-            make=functools.partial(steps.make_debates, files, work, settings, judge),
-            **settings_of(settings, model=self.strong.identity(), wording=self.wording(), **more),
-            minimum={str(k): n for k, n in turns.items()}, code=reached(roots, APART), on_all_ranks=True, work=work,
+            make=functools.partial(steps.make_debates, self.files, work, settings, judge),
+            **settings_of(settings, model=self.strong.identity(), wording=self.wording, **more),
+            minimum={str(k): n for k, n in turns.items()}, code=reached(roots), on_all_ranks=True, work=work,
         )  # fmt: skip
 
-    def wording(self) -> dict:
-        """What prompts say of this task, and its names for the two sides."""
-        return dataclasses.asdict(debate.PROMPTS[self.task])
-
-    def zero_shot(self, who: str) -> Stage:
-        """What a model answers without training, by the likelihood of the two sides' names."""
-        c, files = self.config, self.files
-        work = ZeroShot(self.weak if who == "zero_shot_weak" else self.strong, who == "zero_shot_evidence")
-        settings = DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
-        inputs = {part: files.samples(part) for part in ("train_b", "test")}
-        if work.evidence:
-            inputs |= {f"{part} evidence": files.evidence(part) for part in inputs}
-        folder = self.folder / "predictions" / who.replace("_", "-")
-        asked = {"model": work.model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
-        return Stage(
-            folder, asked | {"wording": self.wording()}, inputs, functools.partial(steps.make_zero_shot, files, work, settings),
-            code=reached([steps.make_zero_shot, generate.Debater, data.prepare.Wording], APART), on_all_ranks=True, twins=self.twins(folder), work=work,
-        )  # fmt: skip
-
-    def twins(self, folder: Path) -> tuple[Path, ...]:
-        """The same run of the other tasks that have the same samples."""
-        others = [t for t in self.config.tasks if t != self.task and source_of(t) == source_of(self.task)]
-        return tuple(self.folder.with_name(t) / folder.relative_to(self.folder) for t in others)
-
-    def market_making_judge(self) -> Run:
+    def market_making_judge(self) -> Stage:
         """The weak floor that market-making asks: finetuned as a whole, also where only heads are compared."""
         return Experiment(dataclasses.replace(self.config, head_only=False), self.task).weak_floor(0)
 
-    def train_members(self, method: Method, seed: int) -> list[Run]:
+    def train_members(self, method: Method, seed: int) -> list[Stage]:
         """The judges of a method, each finetuned on train_a's ground truth with what it reads."""
-        return [self.member(method.reads, k, j, method.turns, seed) for k, j in method.members]
+        return [self.train_member(method, k, j, seed) for k, j in method.members]
 
-    def member(self, reads: str, debate_seed: int, finetune_seed: int, turns: int, seed: int) -> Run:
-        said = f"-d{debate_seed}-t{turns}" if reads in steps.PROTOCOL_OF else ""
+    def train_member(self, method: Method, debate_seed: int, finetune_seed: int, seed: int) -> Stage:
+        reads, debated = method.reads, method.reads in steps.PROTOCOL_OF
+        said = f"-d{debate_seed}-t{method.turns}" if debated else ""
         name = {"nothing": "naive", "sides": "no_argument"}.get(reads, reads)
         floor = reads == "nothing" and finetune_seed == 0
-        return self.run(
-            f"weak-{name}{said}-f{finetune_seed}-s{seed}", seed, finetune_seed, reads=reads,
-            debate_seed=debate_seed if said else 0, turns=turns if said else 0, part="train_a",
-            predicts=("train_b", "test") if floor else ("train_b",), keep=floor and seed == 0,
+        return self.finetune(
+            f"weak-{name}{said}-f{finetune_seed}-s{seed}", seed, finetune_seed, part="train_a", reads=reads,
+            debate_seed=debate_seed if debated else 0, turns=method.turns if debated else 0,
+            predicts=("train_b", "test") if floor else ("train_b",), keep=floor and seed == 0,  # for market-making
         )  # fmt: skip
 
     def label_with_ensemble(self, name: str, seed: int) -> Stage:
         """Weak labels of train_b: the arithmetic mean of the members' probabilities."""
-        members = {m.name: self.finetuning(m).folder / "train_b.jsonl" for m in self.train_members(METHODS[name], seed)}
+        members = {m.work.name: m.folder / "train_b.jsonl" for m in self.train_members(METHODS[name], seed)}
         return Stage(
             self.weak_labels(name, seed).parent, {"members": list(members)}, members,
-            functools.partial(steps.average_labels, list(members.values())), code=reached([steps.average_labels], APART),
+            functools.partial(steps.average_labels, list(members.values())), code=reached([steps.average_labels]),
         )  # fmt: skip
 
     def weak_labels(self, name: str, seed: int) -> Path:
         return self.runs / f"weak_labels/{name}/seed{seed}/train_b.jsonl"
 
-    def train_student(self, name: str, seed: int) -> Run:
+    def train_student(self, name: str, seed: int) -> Stage:
         """The strong model on the weak labels of train_b, on the plain samples. Gold labels are out of its reach."""
         labels = self.weak_labels(name, seed)
-        return self.run(f"strong-{name}-s{seed}", seed, loss=METHODS[name].loss, labels=labels)
+        return self.finetune(f"strong-{name}-s{seed}", seed, loss=METHODS[name].loss, labels=labels)
 
-    def run(
-        self, name: str, seed: int, finetune_seed: int = 0, loss: str = "xent", part: str = "train_b", **more
-    ) -> Run:
-        """A finetuning with the configuration's settings: of the weak model on train_a, of the strong one on train_b."""
-        c = self.config
-        spec, lr = (self.weak, c.weak_lr) if part == "train_a" else (self.strong, c.lr)
-        lr = c.head_lr if c.head_only else lr
-        settings = TrainConfig(
-            loss=loss, lr=lr, epochs=c.head_epochs if c.head_only else c.epochs, batch_size=c.batch_size,
-            seed=100 * seed + finetune_seed, dtype=c.dtype, aux_warmup=c.aux_warmup, checkpointing=c.checkpointing,
-            kernels=c.kernels, max_tokens_per_forward=c.max_tokens_per_forward, compile=c.compile,
-            lora_rank=0 if c.head_only else c.lora_rank, lora_alpha=c.lora_alpha,
-        )  # fmt: skip
-        more["keep"] = more.get("keep", False) or c.keep_models
-        return Run(
-            name, spec, settings, part=part, order=c.transcript, tensorboard=c.tensorboard, heads=c.head_only, **more
+    def weak_floor(self, seed: int) -> Stage:
+        """The weak model on ground truth, without debate: the one judge of plain finetuning."""
+        return self.train_members(METHODS["finetune"], seed)[0]
+
+    def strong_ceiling(self, seed: int) -> Stage:
+        """The strong model on the ground truth of the student's half."""
+        gold = self.folder / "data/train_b.gold.jsonl"
+        return self.finetune(f"strong-ceiling-s{seed}", seed, labels=gold, predicts=("test",))
+
+    def zero_shot(self, who: str) -> Stage:
+        """What a model answers without training, by the likelihood of the two sides' names."""
+        c, name = self.config, who.replace("_", "-")
+        work = ZeroShot(self.weak if who == "zero_shot_weak" else self.strong, who == "zero_shot_evidence")
+        settings = DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
+        asked = {"model": work.model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
+        return Stage(
+            self.folder / "predictions" / name, asked | {"wording": self.wording},
+            self.files.inputs(("train_b", "test"), work.evidence),
+            functools.partial(steps.make_zero_shot, self.files, work, settings),
+            code=reached([steps.make_zero_shot, generate.Debater, data.prepare.Wording]),
+            on_all_ranks=True, twins=self.twins(name), work=work,
         )  # fmt: skip
 
-    def finetuning(self, run: Run) -> Stage:
-        """The stage of a run: its probabilities on each part that it predicts, in predictions/<name>."""
-        c, files = self.config, self.files
-        read = steps.READ[run.reads]
-        parts = dict.fromkeys((run.part, *run.predicts))
-        inputs: dict = {part: files.samples(part) for part in parts}
+    def finetune(
+        self, name: str, seed: int, finetune_seed: int = 0, part: str = "train_b", loss: str = "xent", keep: bool = False, **more
+    ) -> Stage:  # fmt: skip
+        """A finetuning with the configuration's settings: of the weak model on train_a, of the strong one on train_b.
+
+        It writes its probabilities on each part that it predicts to predictions/<name>.
+        """
+        c, weak = self.config, part == "train_a"
+        more_settings = {"lr": c.weak_lr if weak else c.lr}
+        if c.head_only:
+            more_settings = {"lr": c.head_lr, "epochs": c.head_epochs, "lora_rank": 0}
+        settings = c.settings(TrainConfig, loss=loss, seed=100 * seed + finetune_seed, **more_settings)
+        run = Run(
+            name, self.weak if weak else self.strong, settings, part=part, order=c.transcript, heads=c.head_only,
+            keep=keep or c.keep_models, tensorboard=c.tensorboard, **more,
+        )  # fmt: skip
+        parts, protocol = dict.fromkeys((part, *run.predicts)), steps.PROTOCOL_OF.get(run.reads)
+        inputs: dict = self.files.inputs(parts, run.reads == "evidence")
         if run.labels:
             inputs["labels"] = run.labels
-        if run.reads == "evidence":
-            inputs |= {f"{part} evidence": files.evidence(part) for part in parts}
+        for p in parts if protocol else ():
+            transcripts = self.files.transcripts(protocol, run.debate_seed, p)
+            inputs[f"{p} transcripts"] = functools.partial(beginning, transcripts, run.turns)
         reads: dict = {"reads": run.reads}
-        if protocol := steps.PROTOCOL_OF.get(run.reads):
-            for part in parts:
-                path = files.transcripts(protocol, run.debate_seed, part)
-                inputs[f"{part} transcripts"] = functools.partial(beginning, path, run.turns)
         if protocol or run.reads == "sides":
-            reads |= {"turns": run.turns, "order": run.order, "sides": self.wording()["sides"]}
-        make = functools.partial(steps.make_run, files, run, read)
+            reads |= {"turns": run.turns, "order": run.order, "sides": self.wording["sides"]}
+        read = steps.READ[run.reads]
+        make = functools.partial(steps.make_run, self.files, run, read)
         if run.heads:
-            make = functools.partial(steps.make_head, files, run, self.all_runs, read)
-        folder = (self.runs if run.heads else self.folder) / "predictions" / run.name
+            make = functools.partial(steps.make_head, self.files, run, read, self.all_runs)
         return Stage(
-            folder, inputs=inputs, make=make,
-            **settings_of(run.train, model=run.model.identity(), heads=run.heads, **reads),
-            code=reached([make.func, read, train.LOSSES[run.train.loss]], APART),
+            self.runs / "predictions" / name, inputs=inputs, make=make,
+            **settings_of(settings, model=run.model.identity(), heads=run.heads, **reads),
+            code=reached([make.func, read, train.LOSSES[loss]]),
             minimum={"kept models": int(run.keep and not run.heads)},  # a model that was kept and is not asked for does no harm
-            on_all_ranks=True, twins=() if run.heads else self.twins(folder), work=run,
-            group_size=0 if run.heads else c.weak_gpus if run.part == "train_a" else c.strong_gpus,
+            on_all_ranks=True, twins=() if run.heads else self.twins(name), work=run,
+            group_size=0 if run.heads else c.weak_gpus if weak else c.strong_gpus,
         )  # fmt: skip
+
+    def twins(self, name: str) -> tuple[Path, ...]:
+        """The same predictions of the other tasks that have the same samples."""
+        others = [t for t in self.config.tasks if t != self.task and source_of(t) == source_of(self.task)]
+        return tuple(self.folder.with_name(t) / "predictions" / name for t in others)
+
+    # ---- all of them ----
 
     def methods(self) -> dict[str, Method]:
         """The chosen rows and points that this task can have."""
@@ -258,9 +207,9 @@ class Experiment:
 
     def reference_runs(self, seed: int) -> dict[str, Stage]:
         """What stands around the methods in Table 2: no training, the weak floor, the strong ceiling."""
-        without = [who for who in ZERO_SHOT if who != "zero_shot_evidence" or self.has_evidence]
+        untrained = [who for who in stats.ZERO_SHOT if who != "zero_shot_evidence" or self.has_evidence]
         bounds = {"weak_floor": self.weak_floor(seed), "strong_ceiling": self.strong_ceiling(seed)}
-        return {who: self.zero_shot(who) for who in without} | {n: self.finetuning(r) for n, r in bounds.items()}
+        return {who: self.zero_shot(who) for who in untrained} | bounds
 
     def all_runs(self) -> Iterator[Run]:
         """Every finetuning that the chosen methods and seeds need."""
@@ -268,20 +217,20 @@ class Experiment:
 
     def stages(self) -> Iterator[Stage]:
         """Every stage that the chosen methods and seeds need, each once, in an order that can run."""
-        methods, seeds, stage = self.methods(), self.config.seeds, self.finetuning
-        wanted = [self.prepare(), *(stage(self.weak_floor(seed)) for seed in seeds)]
+        methods, seeds = self.methods(), self.config.seeds
+        wanted = [self.prepare(), *map(self.weak_floor, seeds)]
         for protocol in PROTOCOLS:
             turns: dict[int, int] = {}
             for m in methods.values():
                 if steps.PROTOCOL_OF.get(m.reads) == protocol:
                     turns |= {k: max(m.turns, turns.get(k, 0)) for k, _ in m.members}
             if turns:
-                wanted += [stage(self.market_making_judge())] if protocol == "market_making" else []
+                wanted += [self.market_making_judge()] if protocol == "market_making" else []
                 wanted.append(self.debates(protocol, turns))
-        wanted += [stage(run) for seed in seeds for m in methods.values() for run in self.train_members(m, seed)]
+        wanted += [member for seed in seeds for m in methods.values() for member in self.train_members(m, seed)]
         wanted += [self.label_with_ensemble(name, seed) for seed in seeds for name in methods]
         for seed in seeds:
-            wanted += [*self.reference_runs(seed).values(), *(stage(self.train_student(n, seed)) for n in methods)]
+            wanted += [*self.reference_runs(seed).values(), *(self.train_student(name, seed) for name in methods)]
         yield from {stage.folder: stage for stage in wanted}.values()
 
     def runs_to_report(self) -> Iterator[Reported]:
@@ -290,10 +239,11 @@ class Experiment:
             for name, stage in self.reference_runs(seed).items():
                 yield Reported(self.task, name, seed, stage)
             for name, m in self.methods().items():
-                judges = dict(zip(m.members, map(self.finetuning, self.train_members(m, seed)), strict=True))
-                labels, student = self.weak_labels(name, seed), self.finetuning(self.train_student(name, seed))
-                sides = debate.PROMPTS[self.task].sides
-                yield Reported(self.task, name, seed, student, labels.parent, m.reads, m.turns, judges, sides)
+                judges = dict(zip(m.members, self.train_members(m, seed), strict=True))
+                student, labels = self.train_student(name, seed), self.weak_labels(name, seed).parent
+                yield Reported(
+                    self.task, name, seed, student, labels, m.reads, m.turns, judges, self.wording["sides"]
+                )  # fmt: skip
 
 
 def results_folder(config: Config) -> Path:
@@ -384,10 +334,6 @@ def accept(experiments: list[Experiment]) -> None:
     print0(f"{len(accepted)} of {len(stages)} stages accepted; {left} are stale for other reasons (see `status`)")
 
 
-LABELS = REFERENCE_RUNS | ZERO_SHOT | {n: m.label for n, m in METHODS.items()}
-SHOWN = {n: m.shown for n, m in METHODS.items()}
-
-
 def redraw_report(experiments: list[Experiment]) -> None:
     """Tables and figures again from results.jsonl, debates.jsonl and summary.json, where that is all there is."""
     out = results_folder(experiments[0].config)
@@ -413,21 +359,21 @@ COMMANDS = {
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        asked = sys.argv[1] if len(sys.argv) > 1 else ""
-        if asked in ("-h", "--help"):
-            print(
-                f"{__doc__}\nusage: python w2s.py {{{','.join(COMMANDS)}}} [flags]; `python w2s.py run --help` lists them"
-            )
-            return
-        raise InputError(f"command {asked!r}: choose from {', '.join(COMMANDS)}")
-    given = parse_given(Config, sys.argv[2:], f"w2s.py {sys.argv[1]}", __doc__)
+    command, *argv = sys.argv[1:] or [""]
+    if command in ("-h", "--help"):
+        print(
+            f"{__doc__}\nusage: python w2s.py {{{','.join(COMMANDS)}}} [flags]; `python w2s.py run --help` lists them"
+        )
+        return
+    if command not in COMMANDS:
+        raise InputError(f"command {command!r}: choose from {', '.join(COMMANDS)}")
+    given = parse_given(Config, argv, f"w2s.py {command}", __doc__)
     if "task_file" in given:
         given["tasks"] = (add_task(Path(given["task_file"])), *given.get("tasks", ()))
     for_plan = {name: given[name] for name in ("gpu", "gpus", "measure") if name in given}
     if given.get("preset") == "auto":
         for_plan["preset"] = "auto"
-    if sys.argv[1] != "plan" and for_plan:
+    if command != "plan" and for_plan:
         raise InputError(f"{estimate.flags(for_plan)}: for `w2s.py plan` only; `run` takes the GPUs it has")
     if "gpu" in given and given.get("dtype", "auto") == "auto":
         given["dtype"] = "bfloat16"
@@ -441,7 +387,7 @@ def main() -> None:
         for task in Config.of(**given).tasks:
             show_config(given, task)
     else:
-        COMMANDS[sys.argv[1]](experiments())
+        COMMANDS[command](experiments())
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def question_around(run: Run, files: Files, part: str) -> list[dict]:
 
 def passage_last(run: Run, files: Files, part: str) -> list[dict]:
     """The passage behind the question."""
-    rows = joined(files.samples(part), files.evidence(part))
+    rows = joined(READ["nothing"](run, files, part), files.evidence(part))
     return [r | {"text": judge_input(r["text"], with_evidence(r["evidence"], "").rstrip(), "last")} for r in rows]
 
 

@@ -132,7 +132,7 @@ def test_a_step_of_adapters_by_the_published_shape_of_qwen_14b():
     for gpus, changes, flops in ((1, {}, 4), (1, {"checkpointing": True}, 6), (2, {"strong_gpus": 2}, 4)):
         made = experiments(preset="paper-lora", **changes)[0]
         of_run = plan.Plan(made.config, "sciq", GPUS["h100-80gb"], gpus)
-        run = made.strong_ceiling(0)
+        run = made.strong_ceiling(0).work
         step, parts = of_run.train_step(run, 22), of_run.memory(run)
         adapters = 16 * blocks * (4 * 2 * D + 3 * (D + F))
         assert step["training"] == pytest.approx(flops * N * 32 * 22 / gpus / (989e12 * 0.4))

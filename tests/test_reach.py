@@ -10,8 +10,9 @@ import pytest
 
 import reach
 from common import ALONE, ROOT, InputError
+from reach import APART
 from steps import Held
-from w2s import APART, Config, Experiment
+from w2s import Config, Experiment
 
 METHODS = ("finetune", "finetune_aux", "ours", "market_making", "no_argument", "evidence")
 PRODUCT = [p for folder in (".", "data", "kernels", "bench", "report") for p in (ROOT / folder).glob("*.py")]
