@@ -159,7 +159,7 @@ class Held:
 
     def __init__(self):
         self.key, self.model = None, None
-        self.heads: dict[str, dict] = {}  # of --head-only: what was predicted, by run
+        self.heads: dict[tuple, tuple] = {}  # of --head-only: what was predicted and its cost, by task and run
 
     def get(self, load: type, *key):
         """`load(*key)`, or what is held when it was made so."""
@@ -263,7 +263,7 @@ def labelled(files: Files, run: Run, read: Callable) -> list[dict]:
 
 def make_head(files: Files, run: Run, read: Callable, all_runs: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
     """--head-only: the run's head, trained at once with those of all runs that read the same."""
-    if run.name not in held.heads:
+    if (files.task, run.name) not in held.heads:
         start, reading = time.time(), operator.attrgetter("model", "reads", "debate_seed", "turns", "part")
         alike = [r for r in all_runs() if reading(r) == reading(run)]  # a frozen model's features serve them all
         parts = dict.fromkeys([run.part, *(part for r in alike for part in r.predicts)])
@@ -272,8 +272,8 @@ def make_head(files: Files, run: Run, read: Callable, all_runs: Callable, out: P
         classifier = held.classifier(run.model, run.train, ALONE)
         probs = heads.finetune_and_predict(classifier, texts, run.part, labels, [r.train for r in alike])
         cost = {"seconds": round((time.time() - start) / len(alike), 3), "train_tokens": 0}
-        held.heads |= {r.name: (p, cost) for r, p in zip(alike, probs, strict=True)}
-    probs, cost = held.heads[run.name]
+        held.heads |= {(files.task, r.name): (p, cost) for r, p in zip(alike, probs, strict=True)}
+    probs, cost = held.heads[files.task, run.name]
     for part in run.predicts if ranks.rank == 0 else ():
         write_jsonl(out / f"{part}.jsonl", train.prediction_rows(read(run, files, part), probs[part]))
     return cost
