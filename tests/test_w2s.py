@@ -279,6 +279,17 @@ def test_heads_alone_give_the_same_rows_on_the_same_debates(copied):
     assert len(trained) == len(METHODS) + 1  # losses and weak labels matter
 
 
+def test_heads_alone_of_one_task_are_not_those_of_another(tmp_path):
+    flags = ["run", "--preset", "smoke", "--head-only", "--seeds", 0, "--limit-train", 18, "--limit-test", 8]
+    for out, tasks in {"both": ["sciq", "boolq"], "alone": ["boolq"]}.items():
+        assert run("w2s", *flags, "--methods", "finetune", "--tasks", *tasks, "--out", tmp_path / out) == 0
+    both, alone = (
+        {p.parent.name: p.read_bytes() for p in tmp_path.glob(f"{x}/heads/boolq/predictions/*/test.jsonl")}
+        for x in ("both", "alone")
+    )
+    assert both == alone and len(alone) == 3  # floor, ceiling, student
+
+
 # ---- who reads what ----
 
 
