@@ -66,14 +66,14 @@ class Experiment:
         """The samples: train_a for the weak models, train_b for the strong one, and test."""
         c, task = self.config, data.prepare.TASKS[self.task]
         limits = {"limit_train": c.limit_train, "limit_test": c.limit_test, "max_tokens": c.max_sample_tokens}
-        row = {k: v for k, v in vars(task).items() if k not in ("formatter", "wording", "file")}
+        row = {k: v for k, v in vars(task).items() if k not in ("formatter", "given", "wording", "file")}
         source = {"data_dir": None if task.file else c.data_dir and "local"}
         source["tokenizers"] = [tokenizer_identity(m) for m in (self.weak, self.strong)]
         return Stage(
             self.folder / "data", {"task": self.task} | row | source | limits,
             {p.name: p for p in source_files(self.task, c.data_dir)},
             functools.partial(steps.make_data, self.task, c.data_dir, (self.weak, self.strong), limits),
-            code=reached([steps.make_data, task.formatter]),
+            code=reached([steps.make_data, task.formatter, task.given]),
             defaults={f.name: f.default for f in dataclasses.fields(task)} | {"values": {}},
         )  # fmt: skip
 

@@ -64,6 +64,22 @@ def as_given(row: dict, coin: Random) -> tuple[str, int]:
     return row["text"], row["label"]
 
 
+# ---- what the debaters are given of a split's passages ----
+
+
+def as_it_is(passages: list[str]) -> list[str]:
+    return passages
+
+
+def half(passages: list[str]) -> list[str]:
+    """The first sentence, the third, and so on."""
+    return [" ".join(re.split(r"(?<=[.!?]) ", passage)[::2]) for passage in passages]
+
+
+def of_next_sample(passages: list[str]) -> list[str]:
+    return passages[1:] + passages[:1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Wording:
     """How a task is put to the debaters: what is shown, what is debated, the sides of class 0 and class 1, the claim."""
@@ -82,7 +98,7 @@ class Task:
     """A formatter, what the debaters are told, and where the rows come from.
 
     `fields` must be in a source row, each a text or one of its `values`; the content of `key` identifies a question across
-    splits. `evidence` names the field that only the debaters read; rows where it is empty are dropped.
+    splits. `evidence` names the field that only the debaters read, as `given` to them; rows where it is empty are dropped.
     """
 
     formatter: Callable[[dict, Random], tuple[str, int]]
@@ -91,6 +107,7 @@ class Task:
     key: tuple[str, ...]
     values: dict[str, tuple] = dataclasses.field(default_factory=dict)
     evidence: str = ""
+    given: Callable[[list[str]], list[str]] = as_it_is
     test_split: str = "test"
     hub: str | None = None
     revision: str | None = None
@@ -133,6 +150,8 @@ EVIDENCE = {"sciq": "support", "boolq": "passage", "cosmos_qa": "context", "fact
 TASKS |= {f"{t}_evidence": dataclasses.replace(TASKS[t], source=t, evidence=field) for t, field in EVIDENCE.items()}
 TASKS["boolq_evidence"] = dataclasses.replace(TASKS["boolq_evidence"], formatter=boolq_question)
 TASKS["cosmos_qa_evidence"] = dataclasses.replace(TASKS["cosmos_qa_evidence"], formatter=cosmos_qa_question)
+TASKS["sciq_half_evidence"] = dataclasses.replace(TASKS["sciq_evidence"], given=half)
+TASKS["sciq_other_evidence"] = dataclasses.replace(TASKS["sciq_evidence"], given=of_next_sample)
 TRAIN_CAP, TEST_CAP = 20_000, 10_000  # OpenAI's: the first rows of the source, before any shuffle
 
 
@@ -248,7 +267,9 @@ def make_samples(name: str, rows: list[dict], seed: int) -> tuple[list[dict], di
         evidence = " ".join(row[task.evidence].split()) if task.evidence else ""
         sample = {"id": id, "key": key, "group": row.get("group", key), "text": text, "label": label}
         samples[key] = sample | {"evidence": evidence}
-    return sorted(samples.values(), key=lambda s: (stable_hash("shuffle", seed, s["group"]), s["id"])), counts
+    shuffled = sorted(samples.values(), key=lambda s: (stable_hash("shuffle", seed, s["group"]), s["id"]))
+    given = task.given([s["evidence"] for s in shuffled])
+    return [s | {"evidence": passage} for s, passage in zip(shuffled, given, strict=True)], counts
 
 
 def split_in_half(samples: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -47,7 +47,7 @@ def svg(name: str, height: float, plot: Callable, *args) -> str:
 
 def with_whiskers(cells: dict, methods: list[str], field: str = "accuracy") -> tuple[np.ndarray, np.ndarray]:
     """A field of the methods in percent [N], and the lengths of the whiskers below and above [2, N]."""
-    y, low, high = 100 * np.array([(cells[m][field], *cells[m][f"{field}_ci"]) for m in methods]).T
+    y, low, high = 100 * np.array([(cells[m][field], *cells[m][f"{field}_ci"]) for m in methods]).reshape(-1, 3).T
     return y, np.maximum([y - low, high - y], 0)
 
 

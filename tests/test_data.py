@@ -254,6 +254,17 @@ def test_evidence_lies_in_files_of_its_own_and_in_no_text(task, tmp_path):
         assert ids[0] == ids[1]
 
 
+def test_half_of_a_passage_and_that_of_another_question():
+    rows = [
+        r | {"support": f"{i}: a. {i}: b? {i}: c."} for i, r in enumerate(read_jsonl(TINY / "sciq/train.jsonl")[:6])
+    ]
+    whole, half, other = (p.make_samples(f"sciq{x}_evidence", rows, 0)[0] for x in ("", "_half", "_other"))
+    assert [s["text"] for s in whole] == [s["text"] for s in half] == [s["text"] for s in other]
+    for n, sample in enumerate(whole):
+        i = sample["evidence"][0]
+        assert half[n]["evidence"] == f"{i}: a. {i}: c." and other[n - 1]["evidence"] == f"{i}: a. {i}: b? {i}: c."
+
+
 def test_rows_without_evidence_are_dropped_and_counted():
     rows = read_jsonl(TINY / "sciq/train.jsonl")[:4]
     rows = [row | {"support": s} for row, s in zip(rows, ["It is so.", "", None, "  "], strict=True)]

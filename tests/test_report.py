@@ -196,6 +196,8 @@ def test_runs_that_are_not_finished_are_left_out_and_stale_ones_counted(tmp_path
     assert len(report.rows) == 13 and report.stale == 1 and "weak_floor" not in report.summary["sciq"]
     with pytest.raises(InputError, match="nothing is finished"):
         collect(tmp_path, runs[:1], LABELS, SHOWN)
+    untrained = next(r for r in runs if r.method == "zero_shot_evidence")
+    page.write(collect(tmp_path, [runs[0], untrained], LABELS, SHOWN), tmp_path)  # a figure without points
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
