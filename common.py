@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent
 
 
@@ -95,6 +97,22 @@ def world() -> Ranks:
 def print0(*parts: object) -> None:
     """Print in the first process only."""
     world().print(*parts)
+
+
+class Progress:
+    """A line per 5% of work that takes 20 s or more, with the time left: a bar shows on a terminal alone."""
+
+    def __init__(self, name: str, unit: str, ranks: Ranks):
+        self.name, self.unit, self.ranks, self.told = name, unit, ranks, 0
+
+    def at(self, n: int, total: int, seconds: float, *more: str) -> None:
+        """`n` of `total` units are done after so many seconds; `more` is what else to say."""
+        done = n / total
+        if int(20 * done) > self.told and seconds / done >= 20:
+            self.told = int(20 * done)
+            left = f"{(seconds / done - seconds) / 60:.1f} min left"
+            with tqdm.external_write_mode():
+                self.ranks.print(f"{self.name}: {self.unit} {n} of {total} ({done:.0%}),", ", ".join([*more, left]))
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from common import (
     ALONE,
     InputError,
+    Progress,
     Ranks,
     align_by_id,
     check_out,
@@ -228,9 +229,9 @@ def make_transcripts(
         pending = [c for c in chunks(samples, at_once) if not all(s["id"] in done[k] for k in seeds for s in c)]
         me, copies = (0, 1) if debater().config.engine == "sharded" else (ranks.rank, ranks.size)
         mine, each = pending[me::copies], len(seeds) * (turns - n_turns)  # new turns of a sample
-        name, silent = f"{task} {protocol} seeds {seeds}", ranks.rank > 0 or None
-        bar = tqdm(desc=name, total=sum(map(len, mine)) * each, unit="turn", disable=silent)
-        start, new = time.time(), 0
+        name, total = f"{task} {protocol} seeds {seeds}", sum(map(len, mine)) * each
+        bar = tqdm(desc=name, total=total, unit="turn", disable=ranks.rank > 0 or None)
+        progress, start, n_new, n_tokens = Progress(name, "turn", ranks), time.time(), 0, 0
         for c in mine:
             before = begun and [[begun[k][s["id"]] for s in c] for k in seeds]
             rows = run_protocol(debater(), task, protocol, c, seeds, turns, before, choose)
@@ -238,10 +239,13 @@ def make_transcripts(
                 fresh = [r for r in seed_rows if r["id"] not in done[k]]
                 if ranks.rank == me:
                     append_rows(stems[k].with_name(f"{stems[k].name}.rank{me}of{copies}"), fresh)
-                new += sum(sum(r["n_tokens"][n_turns:]) for r in fresh)
+                n_tokens += sum(sum(r["n_tokens"][n_turns:]) for r in fresh)
+            n_new += len(c) * each
+            seconds = time.time() - start
+            rate = f"{n_tokens / seconds:.0f} tokens/s{f' x {copies} processes' * (copies > 1)}"
             bar.update(len(c) * each)
-            processes = f" x {copies} processes" if copies > 1 else ""
-            bar.set_postfix_str(f"{new / (time.time() - start):.0f} tokens/s{processes}")
+            bar.set_postfix_str(rate)
+            progress.at(n_new, total, seconds, rate)
         bar.close()
         ranks.barrier()
         if ranks.rank == 0:

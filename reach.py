@@ -19,7 +19,7 @@ from common import ROOT, InputError
 # there as a root of its own, models, which it records by their weights, what reports progress, and descriptions of work.
 APART = (
     "LOSSES", "READ", "PROTOCOL_OF", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
-    "StepLog", "tensorboard", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
+    "StepLog", "Progress", "tensorboard", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common import (
     ALONE,
     InputError,
+    Progress,
     check_out,
     dump_row,
     flag,
@@ -183,11 +184,11 @@ class StepLog:
     """
 
     def __init__(self, name: str, n_steps: int, file: Path | None = None, tracker: Tracker | None = None, ranks=ALONE):
-        self.name, self.n_steps, self.ranks, self.start = name, n_steps, ranks, time.time()
+        self.name, self.n_steps, self.start, self.progress = name, n_steps, time.time(), Progress(name, "step", ranks)
         self.file, self.tracker = (file, tracker) if ranks.rank == 0 else (None, None)
         self.rows: list[dict] = []
         self.pending_losses: list[Tensor] = []
-        self.read_at, self.printed = 0.0, 0  # seconds; twentieths of the run
+        self.read_at = 0.0  # seconds
         if self.file:
             write_jsonl(self.file, [])
 
@@ -209,13 +210,8 @@ class StepLog:
                 f.write("".join(map(dump_row, fresh)))
         for r in fresh if self.tracker else ():
             self.tracker(r)
-        if int(20 * done) > self.printed and seconds / done >= 20:
-            self.printed = int(20 * done)
-            with tqdm.external_write_mode():
-                self.ranks.print(
-                    f"{self.name}: step {row['step'] + 1} of {self.n_steps} ({done:.0%}), loss {value:.4f}, lr {row['lr']:.2e}, "
-                    f"{row['tokens'] / seconds:.0f} tokens/s, {(seconds / done - seconds) / 60:.1f} min left"
-                )
+        rate = f"{row['tokens'] / seconds:.0f} tokens/s"
+        self.progress.at(row["step"] + 1, self.n_steps, seconds, f"loss {value:.4f}", f"lr {row['lr']:.2e}", rate)
 
 
 def backward_batch(classifier, tokens: list[list[int]], y: Tensor, step_frac: float, config, max_tokens: int) -> Tensor:
