@@ -58,7 +58,6 @@ TWO_SIDED = ("debate", "independent")  # two speakers, of opposite sides; those 
 
 # ---- prompts (Tables 1 and 3; what they say of a task stands beside its formatter in data/prepare.py) ----
 
-PROMPTS = {name: task.wording for name, task in TASKS.items()}
 DEBATE_TURNS = (
     "Construct your argument for why {claim}.",
     "Construct your argument for why {claim} and list out flaws in your opponent's argument.",
@@ -67,13 +66,13 @@ DEBATE_TURNS = (
 
 
 def introduction(task: str, protocol: str) -> str:
-    w = PROMPTS[task]
+    w = TASKS[task].wording
     return f"{w.shown} Debate with another opponent for whether {w.debated}." if protocol == "debate" else w.shown
 
 
 def instruction(task: str, protocol: str, turn: int, side: int) -> str:
     """What the speaker of `turn` (from 0) is told, arguing for class `side`; who hears no opponent, always the first."""
-    return DEBATE_TURNS[min(turn, 2) if protocol == "debate" else 0].format(claim=PROMPTS[task].claims(side))
+    return DEBATE_TURNS[min(turn, 2) if protocol == "debate" else 0].format(claim=TASKS[task].wording.claims(side))
 
 
 def speaker(protocol: str, turn: int) -> str:
@@ -87,7 +86,7 @@ def assign_side(sample_id: str, turn: int) -> int:
 
 def transcript_text(task: str, protocol: str, sides: list[int], turns: list[str]) -> str:
     """A line per turn: its speaker, the side it argues for, and what was said, which may be nothing."""
-    names, said = PROMPTS[task].sides, enumerate(zip(sides, turns, strict=True))
+    names, said = TASKS[task].wording.sides, enumerate(zip(sides, turns, strict=True))
     return "\n".join(f"{speaker(protocol, t)} ({names[side]}): {text}".rstrip() for t, (side, text) in said)
 
 
@@ -130,9 +129,9 @@ def zero_shot(debater: Debater, task: str, samples: list[dict], ranks: Ranks = A
     whatever the sample is. That needs no labels (Zhao et al. 2021, arXiv 2102.09690, call it calibration).
     """
     odds: dict[str, float] = {}
-    sides = [debater.tokens(f" {name}") for name in PROMPTS[task].sides]
-    claim = PROMPTS[task].claim.format(side="").strip()
-    question = f"Decide whether {PROMPTS[task].debated}.{debater.after or chr(10)}{claim[0].upper()}{claim[1:]}"
+    sides = [debater.tokens(f" {name}") for name in TASKS[task].wording.sides]
+    claim = TASKS[task].wording.claim.format(side="").strip()
+    question = f"Decide whether {TASKS[task].wording.debated}.{debater.after or chr(10)}{claim[0].upper()}{claim[1:]}"
     for chunk in list(chunks(samples, lambda n: debater.batch_size(n, seeds=1, turns=1)))[ranks.rank :: ranks.size]:
         prompts = [encode_question(debater, task, "zero_shot", s) for s in chunk]
         log_p = debater.log_likelihoods(prompts, debater.tokens(question), sides)
@@ -295,7 +294,7 @@ def show(task: str, protocol: str, sample: dict, row: dict) -> str:
     """A transcript for people."""
     lines = [f"[{row['id']}] {sample['text'].strip()}"]
     for t, (side, text) in enumerate(zip(row["sides"], row["turns"], strict=True)):
-        lines.append(f"  {speaker(protocol, t)}, for «{PROMPTS[task].claims(side)}»:\n    {text}")
+        lines.append(f"  {speaker(protocol, t)}, for «{TASKS[task].wording.claims(side)}»:\n    {text}")
     return "\n".join([*lines, ""])
 
 
@@ -304,7 +303,7 @@ def show(task: str, protocol: str, sample: dict, row: dict) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Args(DebateConfig):
-    task: str = flag("sciq", "whose wording the prompts have", choices=tuple(PROMPTS))
+    task: str = flag("sciq", "whose wording the prompts have", choices=tuple(TASKS))
     protocol: str = flag("debate", "who argues for what", choices=PROTOCOLS)
     samples: str = flag("", "JSON lines with id, text and, if the debaters hold any, evidence")
     strong: str = flag("smollm2-135m", "the debating model: hub id, folder or built-in model")

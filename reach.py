@@ -18,7 +18,7 @@ from common import ROOT, InputError
 # What does not count and leads nowhere: tables of which a stage records the entry that it uses and gives the function
 # there as a root of its own, models, which it records by their weights, what reports progress, and descriptions of work.
 APART = (
-    "LOSSES", "READ", "PROTOCOL_OF", "PROMPTS", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
+    "LOSSES", "READ", "PROTOCOL_OF", "TASKS", "ENGINES", "BUILTIN", "builtin_folder", "converted_folder", "digest", "ALONE",
     "StepLog", "Progress", "tensorboard", "print0", "model_card", "Held", "Run", "Files", "Debates", "ZeroShot",
 )  # fmt: skip
 

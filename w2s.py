@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 
 import data.prepare
-import debate
 import generate
 import plan as estimate
 import status
@@ -60,7 +59,9 @@ class Experiment:
         self.files = Files(self.folder, task)
         self.runs = results_folder(config) / task  # what is trained on the data and the debates
         self.has_evidence = bool(data.prepare.TASKS[task].evidence)
-        self.wording = dataclasses.asdict(debate.PROMPTS[task])  # what prompts say, and the names of the two sides
+        self.wording = dataclasses.asdict(
+            data.prepare.TASKS[task].wording
+        )  # what prompts say, and the names of the two sides
 
     def prepare(self) -> Stage:
         """The samples: train_a for the weak models, train_b for the strong one, and test."""
@@ -284,7 +285,7 @@ def source_files(task: str, data_dir: str | None) -> list[Path]:
 def add_task(path: Path) -> str:
     """Make a task file a task like the others, for this process; returns its name."""
     name, task = data.prepare.task_of_file(path)
-    data.prepare.TASKS[name], debate.PROMPTS[name] = task, task.wording
+    data.prepare.TASKS[name] = task
     return name
 
 

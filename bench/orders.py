@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError, check_out, flag, parse_dataclass, print0, read_jsonl, run_script, world, write_jsonl
-from debate import PROMPTS, judge_input, with_evidence
+from data.prepare import TASKS
+from debate import judge_input, with_evidence
 from model import Classifier, ModelSpec, resolve_dtype
 from report.stats import bootstrap_means, interval
 from steps import READ, Files, Run, joined
@@ -50,7 +51,7 @@ FORMS: dict[str, tuple[Callable, dict]] = {  # how a sample is read, and with wh
 @dataclasses.dataclass(frozen=True)
 class Args:
     results: str = flag("out/tiny", "folder of a run of w2s.py whose debates are finished")
-    task: str = flag("places_evidence", "a task of that run with evidence", choices=tuple(PROMPTS))
+    task: str = flag("places_evidence", "a task of that run with evidence", choices=tuple(TASKS))
     seeds: tuple = flag((0, 1, 2), "debate seeds", int)
     forms: tuple = flag(tuple(FORMS), "what is compared", choices=tuple(FORMS))
     weak: str = flag("smollm2-135m:6", "the judge: hub id, folder or built-in model; `:N` keeps its first N blocks")
