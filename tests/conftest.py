@@ -52,6 +52,7 @@ def tiny_config(family: str, n_layers: int):
         "qwen2": (t.Qwen2Config, llama),
         "qwen3": (t.Qwen3Config, llama | {"head_dim": 8}),
         "qwen2 of 16": (t.Qwen2Config, llama | {"hidden_size": 64}),  # a head's width that a GPU takes
+        "gemma3": (t.Gemma3TextConfig, llama | {"head_dim": 8, "num_key_value_heads": 1, "sliding_window": 512}),
         "gpt2": (t.GPT2Config, common | dict(n_embd=16, n_layer=n_layers, n_head=4, n_positions=1024)),
         "gpt_neox": (t.GPTNeoXConfig, {k: v for k, v in llama.items() if k != "num_key_value_heads"}),
     }[family]

@@ -214,7 +214,7 @@ def naive_transcript(debater, sample_row, protocol, seed, turns, sides=None, sho
     return row
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox")
 COMBINED = [*((family, "debate") for family in FAMILIES), ("llama", "consultancy"), ("llama", "independent")]
 
 

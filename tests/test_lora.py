@@ -26,7 +26,7 @@ def adapted(spec: str, dtype=torch.float32, n_classes: int = 2) -> Classifier:
 # ---- against dense weights ----
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gpt_neox"])
 @pytest.mark.parametrize("settings", [{}, {"checkpointing": True}, {"max_tokens_per_forward": 40}])
 def test_logits_and_gradients_are_those_of_dense_weights(family, settings, tiny_model, samples):
     """The reference is the ordinary model, sample by sample, with W + (alpha / r) B A in place of W."""

@@ -11,7 +11,7 @@ from kernels import conf_loss
 from model import Classifier, ModelSpec, load_model
 from train import TrainConfig
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox")
 TEXTS = ["why", "a", "the longest sample of them all, by far", "so be it", "ab", "Q: what? A: that"]
 
 
