@@ -264,7 +264,7 @@ def labelled(files: Files, run: Run, read: Callable) -> list[dict]:
 def make_head(files: Files, run: Run, read: Callable, all_runs: Callable, out: Path, ranks: Ranks, held: Held) -> dict:
     """--head-only: the run's head, trained at once with those of all runs that read the same."""
     if (files.task, run.name) not in held.heads:
-        start, reading = time.time(), operator.attrgetter("model", "reads", "debate_seed", "turns", "part")
+        start, reading = time.time(), operator.attrgetter("model", "reads", "debate_seed", "turns", "part", "heads")
         alike = [r for r in all_runs() if reading(r) == reading(run)]  # a frozen model's features serve them all
         parts = dict.fromkeys([run.part, *(part for r in alike for part in r.predicts)])
         texts = {part: [row["text"] for row in read(run, files, part)] for part in parts}
