@@ -60,7 +60,7 @@ def main() -> None:
         failed = re.search(r"^FAILED (.*?)(?: - |$)", end.stdout, re.MULTILINE)
         survived += end.returncode != 1
         seen = failed[1] if failed else f"none (exit code {end.returncode})"
-        print(f"| {guard} | {file}: `{old.strip()}` | {seen} |", flush=True)
+        print(f"| {guard} | {file}: `{' '.join(old.split())}` | {seen} |", flush=True)
     sys.exit(bool(survived))
 
 
