@@ -290,6 +290,13 @@ def test_heads_alone_of_one_task_are_not_those_of_another(tmp_path):
     assert both == alone and len(alone) == 3  # floor, ceiling, student
 
 
+def test_names_that_the_readme_gives_are_in_the_code():
+    code = "".join(p.read_text() for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.relative_to(ROOT).parts))
+    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", (ROOT / "README.md").read_text()))
+    missing = {n for n in names if n.rpartition(".")[2] not in code and not (ROOT / n).exists()}
+    assert len(names) > 40 and not missing
+
+
 # ---- who reads what ----
 
 
