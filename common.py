@@ -265,6 +265,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; `{self.prog} --help` lists the flags")
 
 
+def picked(cls: type, flags: object, **more):
+    """`cls` from those of its fields that `flags` has too, and `more`."""
+    return cls(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(cls) if hasattr(flags, f.name)} | more)
+
+
 def flag(default: object = dataclasses.MISSING, help: str = "", kind: type = str, choices=None, speed: bool = False):
     """A dataclass field that `parse_dataclass` turns into a flag. `speed`: it changes nothing but speed and memory."""
     return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "speed": speed})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import data.prepare
-from common import ROOT, InputError, flag, print0
+from common import ROOT, InputError, flag, picked, print0
 from generate import ENGINES, DebateConfig
 from kernels import CHOICES, resolve
 from model import ModelSpec, resolve_dtype
@@ -155,7 +155,7 @@ class Config:
     weak_gpus: int = flag(0, "processes that share a finetuning of the weak model, or the next divisor (0: all)", int)
     strong_gpus: int = flag(0, "the same for the strong model", int)
     cache_tokens: int | None = flag(
-        None, "tokens of keys and values a batch of debates may fill; default: what fits", int
+        DebateConfig.cache_tokens, "tokens of keys and values a batch of debates may fill; default: what fits", int
     )
     max_tokens_per_forward: int = flag(TrainConfig.max_tokens_per_forward, "most tokens in a finetuning forward", int)
     keep_models: bool = flag(False, "keep every finetuned model as a Hugging Face folder", bool)
@@ -184,8 +184,7 @@ class Config:
 
     def settings(self, cls: type, **more):
         """A DebateConfig or TrainConfig with the flags that are its fields, and `more`."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in vars(self).items() if k in names} | more)
+        return picked(cls, self, **more)
 
     def check(self) -> None:
         """Raises InputError on values out of range."""

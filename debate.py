@@ -38,6 +38,7 @@ from common import (
     dump_row,
     flag,
     parse_dataclass,
+    picked,
     print0,
     read_jsonl,
     read_samples,
@@ -344,7 +345,7 @@ def main() -> None:
     def choose(asked: list[dict], rows: list[dict]) -> list[int]:
         return [chosen[s["id"]] for s in asked]
 
-    config = DebateConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DebateConfig)})
+    config = picked(DebateConfig, args)
     spec = ModelSpec.parse(args.strong)
     files = {k: out / f"seed{k}.jsonl" for k in args.seed}
 

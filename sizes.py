@@ -11,7 +11,7 @@ CPU_CACHE_TOKENS = 32768  # of keys and values that a batch of debates may fill 
 SIZES = {  # rows: train after the cap of 20,000, test; tokens of a sample: mean, most; of its evidence: mean, most
     "sciq": (11_679, 1_000, 22, 100, 0, 0),
     "sciq_evidence": (10_481, 884, 22, 100, 100, 900),
-    "sciq_half_evidence": (10_481, 884, 22, 100, 55, 500),
+    "sciq_half_evidence": (10_481, 884, 22, 100, 56, 560),
     "sciq_other_evidence": (10_481, 884, 22, 100, 100, 900),
     "boolq": (9_427, 3_270, 146, 1024, 0, 0),
     "boolq_evidence": (9_427, 3_270, 14, 40, 132, 984),

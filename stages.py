@@ -25,7 +25,8 @@ def digest(path: Path) -> str:
     if path.is_dir():
         parts = [(p.relative_to(path).as_posix(), digest(p)) for p in sorted(path.rglob("*")) if p.is_file()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return digest_of_file(path, path.stat().st_size, path.stat().st_mtime_ns)
+    stat = path.stat()
+    return digest_of_file(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from common import (
     dump_row,
     flag,
     parse_dataclass,
+    picked,
     print0,
     read_samples,
     run_script,
@@ -54,7 +55,8 @@ def product(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConf
 def logconf(logits: Tensor, labels: Tensor, step_frac: float, config: "TrainConfig") -> Tensor:
     """(1 - c) y + c h, K = 2: the auxiliary confidence loss (Burns et al. 2312.09390, section 4.3.2; OpenAI weak-to-strong code).
 
-    h is the prediction, hardened so that the classes are as frequent in the whole batch as in its labels.
+    h is the prediction, hardened so that the classes are as frequent in the whole batch as in its labels. Raises
+    ValueError for K other than 2.
     """
     return conf_loss.logconf_target(logits, labels, aux_weight(step_frac, config))
 
@@ -217,9 +219,9 @@ class StepLog:
 def backward_batch(classifier, tokens: list[list[int]], y: Tensor, step_frac: float, config, max_tokens: int) -> Tensor:
     """Forward, loss, backward, accumulate: the loss of the whole batch, on every rank; its gradients are the optimizer's.
 
-    Neither `max_tokens` nor the number of ranks changes it, but for rounding. With several micro-batches the logits are computed first without gradient,
-    the loss is differentiated at them, and each micro-batch is run again and pushed back from its rows of that gradient.
-    A rank with nothing left runs a sample whose gradient is zero, so that collectives match.
+    Neither `max_tokens` nor the number of ranks changes it, but for rounding. With several micro-batches the logits are
+    computed first without gradient, the loss is differentiated at them, and each micro-batch is run again and pushed back
+    from its rows of that gradient. A rank with nothing left runs a sample whose gradient is zero, so that collectives match.
     """
     ranks = classifier.ranks
     mine = split_over_ranks([len(t) for t in tokens], max_tokens, ranks.size)[ranks.rank]
@@ -346,7 +348,7 @@ def main() -> None:
     if check_out(args.out).exists() and {p.name for p in out.iterdir()} != {"steps.jsonl"}:
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
     resolve(args.kernels)
-    config = TrainConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)})
+    config = picked(TrainConfig, args)
     train, test = (read_samples(Path(path), "text") for path in (args.train, args.test))
     n_classes = max([2, *(len(r["probs"]) for r in train if isinstance(r.get("probs"), list))])
     labels = soft_labels(train, n_classes)
