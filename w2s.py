@@ -307,9 +307,12 @@ def run(experiments: list[Experiment]) -> None:
 def make_all(stages: list[Stage], out: Path, groups: dict[int, Ranks]) -> None:
     """Make every stage that is not done. Neighbours of one group size go to the groups in turn: they do not need each other."""
     start, made, held = time.time(), set(), Held()
-    for size, neighbours in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].group_size):
-        ranks = groups[size]
-        for n, stage in list(neighbours)[ranks.index :: ranks.count]:
+    for size, numbered in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].group_size):
+        ranks, neighbours = groups[size], list(numbered)
+        if ranks.count > 1:  # those to be made first, so that every group gets its share of them
+            done = groups[0].broadcast({n for n, stage in neighbours if stage.state()[0] is State.DONE})
+            neighbours.sort(key=lambda numbered: numbered[0] in done)
+        for n, stage in neighbours[ranks.index :: ranks.count]:
             name, before = stage.folder.relative_to(out), time.time()
             try:
                 if stage.run(ranks, held):

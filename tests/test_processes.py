@@ -12,6 +12,7 @@ from conftest import call, finish, run, start
 from safetensors.torch import load_file
 from test_robust import die_at
 
+import w2s
 from common import Ranks, read_jsonl, world, write_jsonl
 from data.models import builtin_folder
 from generate import DebateConfig, ShardedDebater
@@ -36,6 +37,22 @@ def test_a_stage_is_made_by_one_rank_or_shared_by_all(tmp_path):
     for shared, files in ((False, ["made0"]), (True, ["made0", "made1"])):
         manifest = json.loads((tmp_path / f"shared{shared}/manifest.json").read_text())
         assert sorted(manifest["outputs"]) == files and manifest["tokens"] == 5
+
+
+def make_the_rest(folder: Path) -> None:
+    def make(out: Path, *_) -> dict:
+        (out / os.environ["RANK"]).write_text("x")
+        return {}
+
+    stages = [Stage(folder / str(n), {}, {}, make, group_size=1) for n in range(4)]
+    if world().rank == 0:
+        _ = [stage.run() for stage in stages[::2]]
+    w2s.make_all(stages, folder, {0: world(), 1: world().split(1)})
+
+
+def test_what_is_left_of_a_run_goes_to_all_ranks(tmp_path):
+    finish(start(2, make_the_rest, tmp_path))
+    assert [sorted(p.name for p in (tmp_path / str(n)).iterdir())[0] for n in range(4)] == ["0", "0", "0", "1"]
 
 
 def make_model(folder: Path) -> None:
