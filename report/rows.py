@@ -83,29 +83,30 @@ def is_stale(stage: Stage) -> bool | None:
     return stage.state()[0] is State.STALE
 
 
-def result_row(out: Path, run: Reported) -> tuple[dict, np.ndarray]:
-    """How a run does on the test split and what it cost, and its correct answers [N]. Reads train_b's gold labels.
+def result_row(out: Path, run: Reported) -> tuple[dict, dict[str, np.ndarray]]:
+    """How a run does on the test split and what it cost, and field -> which answers are right [N]. Reads train_b's gold labels.
 
     For a student also how good its weak labels were, and on train_b how often it is wrong where its label was wrong (error
     inheritance), right there (correction), and wrong where its label was right (new errors).
     """
     data, manifest = out / run.task / "data", read_manifest(run.stage.folder)
     probs, labels = scored(run.stage.folder / "test.jsonl", data / "test.jsonl")
-    correct = probs.argmax(1) == labels
+    right = {"accuracy": probs.argmax(1) == labels}
     row = {
-        "task": run.task, "method": run.method, "seed": run.seed, **quality(probs, labels), "correct": int(correct.sum()),
-        "n": len(labels), "loss": manifest["config"]["loss"],
+        "task": run.task, "method": run.method, "seed": run.seed, **quality(probs, labels),
+        "correct": int(right["accuracy"].sum()), "n": len(labels), "loss": manifest["config"]["loss"],
     }  # fmt: skip
     if run.weak_labels:
         weak, labels = scored(run.weak_labels / "train_b.jsonl", data / "train_b.gold.jsonl")
         student, _ = scored(run.stage.folder / "train_b.jsonl", data / "train_b.gold.jsonl")
         row |= {f"weak_label_{k}": v for k, v in quality(weak, labels).items()} | supervision_cost(out, run)
         wrong, label_wrong = student.argmax(1) != labels, weak.argmax(1) != labels
+        right["weak_label_accuracy"] = ~label_wrong
         row |= {"error_inheritance": mean(wrong[label_wrong]), "correction": mean(~wrong[label_wrong])}
         row["new_errors"] = mean(wrong[~label_wrong])
     row |= origin(manifest) | {"tokens": manifest.get("train_tokens", 0)}
     row["predictions"] = str((run.stage.folder / "test.jsonl").relative_to(out))
-    return row | {"digest": digest(row)}, correct
+    return row | {"digest": digest(row)}, right
 
 
 def supervision_cost(out: Path, run: Reported) -> dict:
@@ -182,17 +183,23 @@ def grouped(rows: list[dict], name: Callable[[dict], str]) -> dict[str, dict[str
     return groups
 
 
-def summarize(scores: list[tuple[dict, np.ndarray]]) -> dict[str, dict]:
+def summarize(scores: list[tuple[dict, dict[str, np.ndarray]]]) -> dict[str, dict]:
     """task -> method -> stats.cells of every method that has all seeds, with its weak labels and its rows' digests."""
-    rows, correct = [row for row, _ in scores], {row["digest"]: answers for row, answers in scores}
+    rows, right = [row for row, _ in scores], {row["digest"]: answers for row, answers in scores}
     seeds, summary = sorted({row["seed"] for row in rows}), {}
+
+    def answers(methods: dict[str, list[dict]], field: str) -> dict[str, np.ndarray]:
+        return {m: np.stack([right[r["digest"]][field] for r in of]) for m, of in methods.items() if field in of[0]}
+
     for task, methods in grouped(sorted(rows, key=lambda r: r["seed"]), lambda r: r["method"]).items():
         methods = {m: of for m, of in methods.items() if [r["seed"] for r in of] == seeds}
         if methods:
-            summary[task] = stats.cells({m: np.stack([correct[r["digest"]] for r in of]) for m, of in methods.items()})
+            summary[task] = stats.cells(answers(methods, "accuracy"))
         for m, of in methods.items():
             constant = any(r["frac_pred_1"] in (0, 1) for r in of)
             summary[task][m] |= {"n": of[0]["n"], "rows": [r["digest"] for r in of], "constant": constant}
-            if "weak_label_accuracy" in of[0]:
-                summary[task][m]["weak_label_accuracy"] = float(np.mean([r["weak_label_accuracy"] for r in of]))
+        weak = answers(methods, "weak_label_accuracy")
+        for m, draws in stats.bootstrap_means(weak).items() if weak else ():
+            cell = {"weak_label_accuracy": float(weak[m].mean()), "weak_label_accuracy_ci": stats.interval(draws)}
+            summary[task][m] |= cell
     return summary
