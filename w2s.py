@@ -42,6 +42,7 @@ from reach import reached
 from report import stats
 from report.page import redraw, write
 from report.rows import Reported, collect, saved
+from report.study import redraw_study
 from stages import Stage, State, digest, locked, settings_of
 from steps import Debates, Files, Held, Run, ZeroShot
 from train import TrainConfig
@@ -307,11 +308,11 @@ def run(experiments: list[Experiment]) -> None:
 def make_all(stages: list[Stage], out: Path, groups: dict[int, Ranks]) -> None:
     """Make every stage that is not done. Neighbours of one group size go to the groups in turn: they do not need each other."""
     start, made, held = time.time(), set(), Held()
-    for size, numbered in itertools.groupby(enumerate(stages, 1), key=lambda numbered: numbered[1].group_size):
-        ranks, neighbours = groups[size], list(numbered)
+    for size, pairs in itertools.groupby(enumerate(stages, 1), key=lambda pair: pair[1].group_size):
+        ranks, neighbours = groups[size], list(pairs)
         if ranks.count > 1:  # those to be made first, so that every group gets its share of them
             done = groups[0].broadcast({n for n, stage in neighbours if stage.state()[0] is State.DONE})
-            neighbours.sort(key=lambda numbered: numbered[0] in done)
+            neighbours.sort(key=lambda pair: pair[0] in done)
         for n, stage in neighbours[ranks.index :: ranks.count]:
             name, before = stage.folder.relative_to(out), time.time()
             try:
@@ -337,9 +338,15 @@ def accept(experiments: list[Experiment]) -> None:
 
 
 def redraw_report(experiments: list[Experiment]) -> None:
-    """Tables and figures again from results.jsonl, debates.jsonl and summary.json, where that is all there is."""
+    """Tables and figures again from results.jsonl, debates.jsonl and summary.json, where that is all there is.
+
+    Of a study, a folder with study.json: of all its runs, and across them.
+    """
     out = results_folder(experiments[0].config)
-    redraw(saved(out, LABELS, SHOWN), out)
+    if (out / "study.json").exists():
+        redraw_study(out, LABELS, SHOWN)
+    else:
+        redraw(saved(out, LABELS, SHOWN), out)
 
 
 def write_report(experiments: list[Experiment]) -> None:

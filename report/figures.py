@@ -14,6 +14,10 @@ from report.rows import Report
 
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
 OVERVIEW = ("weak_floor", "finetune", "naive_ensemble", "no_argument", "ours", "evidence", "strong_ceiling")
+FIELDS = {  # of a method's cell -> the name on an axis
+    "accuracy": "accuracy %", "pgr": "PGR %", "diff_vs_finetune": "minus finetune, points", "gap": "minus floor, points",
+    "weak_label_accuracy": "weak labels right %",
+}  # fmt: skip
 BLUE, ORANGE, GREEN, RED, GREY = COLORS = ("#3b82c4", "#d97f1e", "#3a9a5c", "#c9514c", "#888888")
 PNG = {"dpi": 130, "metadata": {"Software": None}}
 INK = "#010203"  # replaced by the page's own text colour
@@ -60,7 +64,23 @@ def dots(ax, field: str, methods: list[str], cells: dict, labels: dict) -> None:
     ax.set_yticks(range(len(methods)), [labels[m] for m in methods])
     ax.invert_yaxis()
     ax.grid(axis="x", lw=0.4, alpha=0.5)
-    ax.set_xlabel("PGR %" if field == "pgr" else "accuracy %")
+    ax.set_xlabel(FIELDS[field])
+    if field == "diff_vs_finetune":
+        ax.axvline(0, color=GREY, lw=0.8)
+
+
+def against(ax, x: tuple[str, str], field: str, methods: list[str], points: dict[str, dict], labels: dict) -> None:
+    """A field of each method over the points, label -> cells, against `x`, a method and its field."""
+    for n, (method, color) in enumerate(zip(methods, COLORS, strict=False)):
+        found = {label: cells for label, cells in points.items() if cells.get(method, {}).get(field) is not None}
+        y, error = with_whiskers({label: cells[method] for label, cells in found.items()}, list(found), field)
+        at = [100 * cells[x[0]][x[1]] for cells in found.values()]
+        ax.errorbar(at, y, yerr=error, marker="o", capsize=3, ls="", color=color, label=labels[method])
+        for place in zip(found, at, y, strict=True) if n == 0 else ():
+            ax.annotate(place[0], place[1:], xytext=(4, 4), textcoords="offset points", fontsize=8)
+    if field == "diff_vs_finetune":
+        ax.axhline(0, color=GREY, lw=0.8)
+    ax.set_xlabel(f"{labels[x[0]]}, {FIELDS[x[1]]}")
 
 
 def points(ax, axis: str, methods: dict[int, str], cells: dict, labels: dict) -> None:

@@ -217,6 +217,35 @@ def test_tables_and_figures_are_drawn_again_from_the_rows_that_were_kept(smoke, 
     assert (tmp_path / "verdict.md").read_text() == (smoke / "verdict.md").read_text()
 
 
+def test_a_study_is_drawn_across_runs(tmp_path, capsys):
+    for name, n in (("three", 40), ("six", 30)):
+        page.write(fake_report(tmp_path / name, n=n), tmp_path / name)
+        shutil.rmtree(tmp_path / name / "tables")
+    points = {"3 blocks": "three/sciq", "6 blocks": "six/sciq"}
+    gap = {
+        "title": "Gap",
+        "note": "On made-up runs.",
+        "x": ["strong_ceiling", "gap"],
+        "panels": ["diff_vs_finetune", "pgr"],
+    }
+    leads = {"title": "Leads", "note": "The same.", "panels": ["diff_vs_finetune"]}
+    study = {
+        name: of | {"methods": ["ours", "single"], "points": points} for name, of in (("gap", gap), ("leads", leads))
+    }
+    write_text(tmp_path / "study.json", json.dumps(study))
+    assert run("w2s", "redraw", "--out", tmp_path) == 0
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in study)
+    assert all((tmp_path / name / "tables/table2.md").exists() for name in ("three", "six"))
+    cells = json.loads((tmp_path / "six/summary.json").read_text())["sciq"]
+    text = (tmp_path / "study.md").read_text()
+    assert text.count("| 6 blocks | ours (debate ensembles) |") == 2 and "single" not in text  # which these runs lack
+    assert all(tables.cell_number(cells, "ours", field).text in text for field in gap["panels"])
+    for wrong in ({"points": {"x": "six/boolq"}}, {"methods": ["mine"]}, {"panels": ["speed"]}):
+        write_text(tmp_path / "study.json", json.dumps({"gap": study["gap"] | wrong}))
+        assert run("w2s", "redraw", "--out", tmp_path) == 2
+        assert "study.json: gap: there is no '" in capsys.readouterr().err
+
+
 def test_the_page_asks_for_nothing_and_can_be_read_without_a_script(small):
     text = small[2]
     assert not re.findall(r'(?:src|data)=["\']?(?:http|//|file)|@import|url\((?!#)', text)

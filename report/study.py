@@ -1,0 +1,63 @@
+"""A study: tables and figures across several runs, drawn again from the rows that were kept of them."""
+
+from pathlib import Path
+
+from common import InputError, print0, read_json, write_text
+from report import figures
+from report.figures import FIELDS
+from report.page import redraw
+from report.rows import saved
+from report.tables import Table, cell_number
+
+
+def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[str, ...]]) -> None:
+    """Redraw every run that study.json in `folder` names, then the study's own tables and figures.
+
+    study.json maps a figure's name to `title`, `note`, `points` (label -> "RUN/TASK", a task of the run kept in the folder
+    RUN), `methods`, `panels` (fields of a method's cell) and `x`, the method and field on the horizontal axis; without `x`
+    there is a panel per point, a line per method. Raises InputError where a run or a task is not there.
+    """
+    study, reports, texts = read_json(folder / "study.json") or {}, {}, []
+    for name, figure in study.items():
+        points = {}
+        try:
+            for label, where in figure["points"].items():
+                run, task = where.split("/")
+                if run not in reports:
+                    reports[run] = saved(folder / run, labels, shown)
+                    redraw(reports[run], folder / run)
+                points[label] = reports[run].summary[task]
+            texts.append(table(figure, points, labels).markdown())
+            figures.draw(*panels(figure, points, labels)).savefig(folder / f"{name}.png", **figures.PNG)
+        except KeyError as e:
+            raise InputError(f"{folder / 'study.json'}: {name}: there is no {e}") from None
+        print0(f"wrote {folder / name}.png")
+    write_text(folder / "study.md", "\n".join(texts))
+    print0("\n".join([*texts, f"wrote {folder / 'study.md'}"]))
+
+
+def panels(
+    figure: dict, points: dict[str, dict], labels: dict[str, str]
+) -> tuple[tuple[float, float], dict[str, tuple]]:
+    """A size in inches and what to draw: a panel per field against x, or a panel per point."""
+    methods, fields = figure["methods"], figure["panels"]
+    if "x" in figure:
+        return (4.4 * len(fields), 3.6), {
+            FIELDS[field]: (figures.against, figure["x"], field, methods, points, labels) for field in fields
+        }
+    return (1.6 + 3.4 * len(points), 0.9 + 0.22 * len(methods)), {
+        label: (figures.dots, fields[0], [m for m in methods if m in cells], cells, labels)
+        for label, cells in points.items()
+    }
+
+
+def table(figure: dict, points: dict[str, dict], labels: dict[str, str]) -> Table:
+    """A line per point and method: x, then the method's fields with their intervals."""
+    columns = [*([figure["x"]] if "x" in figure else []), *((None, field) for field in figure["panels"])]
+    heads = ["", "", *(f"{labels[m]}, {FIELDS[field]}" if m else FIELDS[field] for m, field in columns)]
+    names = {method: labels[method] for method in figure["methods"]}
+    lines = [
+        [label, name, *(cell_number(cells, m or method, field) for m, field in columns)]
+        for label, cells in points.items() for method, name in names.items() if method in cells
+    ]  # fmt: skip
+    return Table("study", figure["title"], [([heads, *lines], [])], figure["note"])
