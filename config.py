@@ -58,6 +58,8 @@ METHODS = {
     "single": Method("single weak model", "debate", SINGLE, ("table5", "figure2:1")),
     "finetune_ensembles": Method("finetune ensembles", "debate", finetune_ensemble(4), ("table5",)),
     "ours": Method("ours (debate ensembles)", "debate", FOUR, EVERYWHERE),
+    "ours_aux": Method("ours w/ aux. loss", "debate", FOUR, ("table2",), loss="logconf"),
+    "ours_pro": Method("ours w/ pro. loss", "debate", FOUR, ("table2",), loss="product"),
     "naive_ensemble": Method("naive ensemble (control)", "nothing", finetune_ensemble(4), ("table5",)),
     "no_argument": Method("sides without arguments (control)", "sides", finetune_ensemble(4), ("table5",)),
     "other_debate": Method("debates of other questions (control)", "other_debate", FOUR, ("table5",)),
@@ -81,8 +83,8 @@ LABELS = {n: m.label for n, m in METHODS.items()} | {
 }
 SHOWN = {n: m.shown for n, m in METHODS.items()}
 TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
-COSTLY = ("independent", "other_debate")  # run only where --methods names them
-DEFAULT_METHODS = tuple(n for n in METHODS if n not in COSTLY)
+EXTRA = ("ours_aux", "ours_pro", "independent", "other_debate")  # not the paper's; run only where --methods names them
+DEFAULT_METHODS = tuple(n for n in METHODS if n not in EXTRA)
 FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
 NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
 

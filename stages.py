@@ -192,7 +192,10 @@ class Stage:
         have = self.filled(read_manifest(self.folder) or {})
         if "outputs" not in have or self.changed_outputs(have):
             return False
-        want = self.wanted()
+        try:
+            want = self.wanted()
+        except FileNotFoundError:
+            return False
         if differences(have | {"code": self.code}, want):
             return False
         changed = differences(have, want)

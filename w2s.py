@@ -242,7 +242,8 @@ class Experiment:
                 judges = dict(zip(m.members, self.train_members(m, seed), strict=True))
                 student, labels = self.train_student(name, seed), self.weak_labels(name, seed).parent
                 yield Reported(
-                    self.task, name, seed, student, labels, m.reads, m.turns, judges, self.wording["sides"]
+                    self.task, name, seed, student, labels, m.reads, m.turns, judges, self.wording["sides"],
+                    steps.PROTOCOL_OF.get(m.reads, ""),
                 )  # fmt: skip
 
 

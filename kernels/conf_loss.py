@@ -35,6 +35,10 @@ def conf_loss(
 
     `mode` is one of MODES, coef the c of logconf. That raises ValueError on K != 2, InputError on more than MAX_ROWS samples.
     """
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels {list(labels.shape)} of logits {list(logits.shape)}"
+        )  # the kernel would read beside them
     E, B, K = logits.shape
     if mode == "logconf":
         check_two_classes(K)

@@ -27,6 +27,7 @@ class Reported(NamedTuple):
     turns: int = 0
     judges: dict[tuple[int, int], Stage] = {}  # by debate seed and finetuning seed
     sides: tuple[str, ...] = ()  # the names of the task's two sides
+    protocol: str = ""  # whose debates were held for it, where the judges read debates
 
 
 class Report(NamedTuple):
@@ -113,7 +114,8 @@ def supervision_cost(out: Path, run: Reported) -> dict:
     """Seconds and tokens of the weak labels if made for this run alone: its judges and its share of the debates."""
     judges = [read_manifest(judge.folder) or {} for judge in run.judges.values()]
     seconds, tokens = (sum(m.get(key, 0) for m in judges) for key in ("seconds", "train_tokens"))
-    if debates := read_manifest(out / run.task / "transcripts" / run.reads):
+    debates = read_manifest(out / run.task / "transcripts" / run.protocol) if run.protocol else None
+    if debates:
         seeds = {debate_seed for debate_seed, _ in run.judges}
         samples = sum(len(read_jsonl(out / run.task / f"data/{part}.jsonl")) for part in ("train_a", "train_b"))
         seconds += samples * run.turns * len(seeds) / debates["turns"] * debates["seconds"]

@@ -182,6 +182,8 @@ def test_what_cannot_run_is_refused_in_one_line():
     for logconf in (lambda x: conf_loss.conf_loss(x, x, "logconf"), lambda x: conf_loss.logconf_target(x, x, 0.5)):
         with pytest.raises(ValueError, match="K=3"):
             logconf(randn(1, 4, 3))
+    with pytest.raises(ValueError, match=r"labels \[1, 4, 2\] of logits \[2, 4, 2\]"):
+        conf_loss.conf_loss(randn(2, 4, 2), randn(1, 4, 2), "xent")
 
 
 def test_a_run_with_kernels_is_a_run_without(samples):

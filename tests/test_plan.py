@@ -141,7 +141,8 @@ def test_a_step_of_adapters_by_the_published_shape_of_qwen_14b():
 
 
 def test_every_task_has_its_sizes_and_every_passage_its_length():
-    assert {name: sizes[5] > 0 for name, sizes in SIZES.items()} == {t: bool(TASKS[t].evidence) for t in TASKS}
+    built_in = {name: task for name, task in TASKS.items() if not task.file}  # other tests add their own
+    assert {name: sizes[5] > 0 for name, sizes in SIZES.items()} == {t: bool(of.evidence) for t, of in built_in.items()}
 
 
 def test_a_task_of_unknown_lengths_is_refused(monkeypatch):

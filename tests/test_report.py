@@ -79,7 +79,7 @@ def fake_runs(out, n: int = 40, seeds=(0, 1), texts=("What is it?",), debate_see
             if method in METHODS:
                 labels = task / f"weak_labels/{method}/seed{seed}"
                 predictions(labels / "train_b.jsonl", 0.65)
-                runs[-1] = Reported(*runs[-1][:4], labels, "debate", 3, judges, ("incorrect", "correct"))
+                runs[-1] = Reported(*runs[-1][:4], labels, "debate", 3, judges, ("incorrect", "correct"), "debate")
     return runs
 
 

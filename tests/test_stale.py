@@ -105,3 +105,5 @@ def test_accept_takes_what_differs_in_code_alone(tmp_path):
     assert not now.accept()  # nothing is left to accept
     other = dataclasses.replace(now, config={"lr": 2, "rank": 0}, code={"f": "later"})
     assert not other.accept() and other.state()[0] is State.STALE
+    gone = dataclasses.replace(now, inputs={"samples": tmp_path / "samples.jsonl"}, code={"f": "later"})
+    assert not gone.accept() and gone.state()[1] == [f"input {tmp_path / 'samples.jsonl'} is missing"]

@@ -309,6 +309,13 @@ def test_weak_labels_are_the_mean_of_the_members(smoke):
         assert row["probs"] == pytest.approx(np.mean([m[i]["probs"] for m in members], axis=0))
 
 
+def test_the_debate_of_another_question_costs_what_ones_own_does(smoke):
+    cost = {
+        r["method"]: r["supervision_tokens"] for r in read_jsonl(smoke / "results.jsonl") if "supervision_tokens" in r
+    }
+    assert cost["other_debate"] == pytest.approx(cost["ours"], rel=0.05) and cost["no_argument"] < 0.8 * cost["ours"]
+
+
 def test_market_making_argues_against_the_weak_floor(smoke):
     floor = {r["id"]: r["probs"] for r in read_jsonl(smoke / "sciq/predictions/weak-naive-f0-s0/train_b.jsonl")}
     rows = read_jsonl(smoke / "sciq/transcripts/market_making/seed0/train_b.jsonl")
