@@ -55,6 +55,11 @@ METHODS = {
     "consultancy": Method("consultancy", "consultancy", FOUR, ("table4",)),
     "market_making": Method("market-making", "market_making", FOUR, ("table4",)),
     "independent": Method("both sides, not hearing each other (control)", "independent", FOUR, ("table4",)),
+    "consultancy_single": Method("consultancy, single weak model", "consultancy", SINGLE, ("table4",)),
+    "independent_single": Method(
+        "not hearing each other, single weak model (control)", "independent", SINGLE, ("table4",)
+    ),
+    "turns_1_single": Method("1 turn, single weak model", "debate", SINGLE, ("table4",), turns=1),
     "single": Method("single weak model", "debate", SINGLE, ("table5", "figure2:1")),
     "finetune_ensembles": Method("finetune ensembles", "debate", finetune_ensemble(4), ("table5",)),
     "ours": Method("ours (debate ensembles)", "debate", FOUR, EVERYWHERE),
@@ -63,6 +68,9 @@ METHODS = {
     "naive_ensemble": Method("naive ensemble (control)", "nothing", finetune_ensemble(4), ("table5",)),
     "no_argument": Method("sides without arguments (control)", "sides", finetune_ensemble(4), ("table5",)),
     "other_debate": Method("debates of other questions (control)", "other_debate", FOUR, ("table5",)),
+    "other_debate_single": Method(
+        "another question's debate, single weak model (control)", "other_debate", SINGLE, ("table5",)
+    ),
     "evidence": Method("reads the evidence itself (bound)", "evidence", SINGLE, ("table5",)),
     "ensemble_2": Method("2 members", "debate", debate_ensemble(2), ("figure2:2",)),
     "ensemble_3": Method("3 members", "debate", debate_ensemble(3), ("figure2:3",)),
@@ -83,7 +91,10 @@ LABELS = {n: m.label for n, m in METHODS.items()} | {
 }
 SHOWN = {n: m.shown for n, m in METHODS.items()}
 TABLE_METHODS = tuple(n for n, m in METHODS.items() if any(s.startswith("table") for s in m.shown))
-EXTRA = ("ours_aux", "ours_pro", "independent", "other_debate")  # not the paper's; run only where --methods names them
+EXTRA = (  # run only where --methods names them: not the paper's, or the paper's with one judge, at a quarter of the cost
+    "ours_aux", "ours_pro", "independent", "other_debate", "consultancy_single", "independent_single", "turns_1_single",
+    "other_debate_single",
+)  # fmt: skip
 DEFAULT_METHODS = tuple(n for n in METHODS if n not in EXTRA)
 FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
 NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
