@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -240,8 +241,10 @@ def align_by_id(rows: list[dict], ids: list[str], what: str) -> list[dict]:
 
 
 def parse_dataclass(cls: type, argv: list[str], prog: str, doc: str):
-    """A frozen dataclass from flags: one per field, with default and help from `flag(default, help)`."""
-    return cls(**parse_given(cls, argv, prog, doc))
+    """A frozen dataclass from flags: one per field, with default and help from `flag(default, help)`, checked."""
+    args = cls(**parse_given(cls, argv, prog, doc))
+    check_ranges(args)
+    return args
 
 
 def parse_given(cls: type, argv: list[str], prog: str, doc: str) -> dict:
@@ -270,9 +273,27 @@ def picked(cls: type, flags: object, **more):
     return cls(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(cls) if hasattr(flags, f.name)} | more)
 
 
-def flag(default: object = dataclasses.MISSING, help: str = "", kind: type = str, choices=None, speed: bool = False):
-    """A dataclass field that `parse_dataclass` turns into a flag. `speed`: it changes nothing but speed and memory."""
-    return dataclasses.field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "speed": speed})
+def flag(
+    default: object = dataclasses.MISSING, help: str = "", kind: type = str, choices=None, speed: bool = False,
+    zero: bool = False, most: float = math.inf,
+):  # fmt: skip
+    """A dataclass field that `parse_dataclass` turns into a flag. `speed`: it changes nothing but speed and memory.
+
+    A number is finite, greater than 0, or 0 with `zero`, and at most `most`.
+    """
+    metadata = {"help": help, "kind": kind, "choices": choices, "speed": speed, "zero": zero, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_ranges(flags: object) -> None:
+    """Raises InputError on the first number that its flag does not allow."""
+    for f in dataclasses.fields(flags):
+        value, zero, most = getattr(flags, f.name), f.metadata["zero"], f.metadata["most"]
+        for n in value if isinstance(value, tuple) else (value,):
+            if type(n) in (int, float) and not ((n > 0 or zero and n == 0) and n <= most and math.isfinite(n)):
+                least = "at least 0" if zero else "greater than 0"
+                end = "finite" if most == math.inf else f"at most {most}"
+                raise InputError(f"--{f.name.replace('_', '-')} {n}: must be {least} and {end}")
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import importlib.util
-import math
 from pathlib import Path
 
 import torch
 
 import data.prepare
-from common import ROOT, InputError, flag, picked, print0
+from common import ROOT, InputError, check_ranges, flag, picked, print0
 from generate import ENGINES, DebateConfig
 from kernels import CHOICES, resolve
 from model import ModelSpec, resolve_dtype
@@ -140,7 +139,7 @@ class Config:
     tasks: tuple = flag(PAPER_TASKS, "tasks to run", choices=tuple(data.prepare.TASKS))
     task_file: str | None = flag(None, "a task of your own (data/task_file.py); --tasks adds others to it")
     methods: tuple = flag(DEFAULT_METHODS, "rows and points of the tables and figures", choices=tuple(METHODS))
-    seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int)
+    seeds: tuple = flag((0, 1, 2), "replicates: each finetunes every model anew, on the same debates", int, zero=True)
     weak: str = flag("", "weak model: hub id[@revision], folder or built-in; `:N` keeps its first N blocks")
     strong: str = flag("", "strong model, likewise")
     data_dir: str | None = flag(None, "folder with <task>/<split>.jsonl[.gz] in the hub's schema; default: the hub")
@@ -153,20 +152,22 @@ class Config:
     epochs: int = flag(TrainConfig.epochs, "passes over the training samples", int)
     batch_size: int = flag(TrainConfig.batch_size, "samples per optimizer step", int)
     aux_warmup: str = flag(TrainConfig.aux_warmup, "of the confidence loss", choices=("openai", "linear"))
-    lora_rank: int = flag(TrainConfig.lora_rank, "finetune adapters of this rank (0: the whole model)", int)
+    lora_rank: int = flag(TrainConfig.lora_rank, "finetune adapters of this rank (0: the whole model)", int, zero=True)
     lora_alpha: int = flag(TrainConfig.lora_alpha, "adapters count alpha / rank times", int)
     checkpointing: bool = flag(TrainConfig.checkpointing, "recompute activations to save memory", bool)
     transcript: str = flag("first", "judges read it before or after the question", choices=("first", "last"))
     max_new_tokens: int = flag(DebateConfig.max_new_tokens, "longest turn", int)
-    temperature: float = flag(DebateConfig.temperature, "of the debaters", float)
-    top_p: float = flag(DebateConfig.top_p, "of the debaters", float)
+    temperature: float = flag(DebateConfig.temperature, "of the debaters", float, zero=True)
+    top_p: float = flag(DebateConfig.top_p, "of the debaters", float, most=1)
     chat: bool = flag(DebateConfig.chat, "ask the debaters through their chat template", bool)
     dtype: str = flag(TrainConfig.dtype, "of all models", choices=("auto", "float32", "bfloat16"))
     compile: bool = flag(TrainConfig.compile, "torch.compile every block; pays on a GPU", bool)
     kernels: str = flag(TrainConfig.kernels, "Triton or plain PyTorch in finetuning", choices=CHOICES)
     engine: str = flag(DebateConfig.engine, "debater: a copy per process, or sharded over all", choices=tuple(ENGINES))
-    weak_gpus: int = flag(0, "processes that share a finetuning of the weak model, or the next divisor (0: all)", int)
-    strong_gpus: int = flag(0, "the same for the strong model", int)
+    weak_gpus: int = flag(
+        0, "processes that share a finetuning of the weak model, or the next divisor (0: all)", int, zero=True
+    )
+    strong_gpus: int = flag(0, "the same for the strong model", int, zero=True)
     cache_tokens: int | None = flag(
         DebateConfig.cache_tokens, "tokens of keys and values a batch of debates may fill; default: what fits", int
     )
@@ -201,18 +202,7 @@ class Config:
 
     def check(self) -> None:
         """Raises InputError on values out of range."""
-        above_zero = (
-            "limit_train limit_test max_sample_tokens epochs batch_size max_new_tokens lr weak_lr head_lr head_epochs "
-            "cache_tokens max_tokens_per_forward gpus lora_alpha"
-        )
-        for name in above_zero.split():
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be greater than 0, and finite")
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise InputError(f"--temperature {self.temperature} must be >= 0, --top-p {self.top_p} in (0, 1]")
-        for name, zero in {"weak_gpus": "all", "strong_gpus": "all", "lora_rank": "the whole model"}.items():
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative (0: {zero})")
+        check_ranges(self)
         for name in ("tasks", "methods", "seeds"):
             if len(set(values := getattr(self, name))) < len(values):
                 raise InputError(f"--{name} {' '.join(map(str, values))}: name each once")
@@ -222,8 +212,6 @@ class Config:
             raise InputError(f"--data-dir {self.data_dir!r}: no such folder")
         if self.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise InputError("--tensorboard: the package is not there; pip install tensorboard")
-        if any(s < 0 for s in self.seeds):
-            raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: must not be negative")
         for spec in (self.weak, self.strong):
             ModelSpec.parse(spec)
 

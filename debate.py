@@ -309,22 +309,14 @@ class Args(DebateConfig):
     samples: str = flag("", "JSON lines with id, text and, if the debaters hold any, evidence")
     strong: str = flag("smollm2-135m", "the debating model: hub id, folder or built-in model")
     choices: str = flag("", "market-making: the weak model's predictions (id, probs), whose choice is argued against")
-    seed: tuple = flag((0,), "debate seeds", int)
+    seed: tuple = flag((0,), "debate seeds", int, zero=True)
     turns: int = flag(3, "turns of each debate", int)
     out: str = flag("", "folder to write; transcripts there are continued")
-    show: int = flag(0, "print so many transcripts at the end", int)
+    show: int = flag(0, "print so many transcripts at the end", int, zero=True)
 
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "debate.py", __doc__)
-    in_range = {
-        "turns": args.turns >= 1, "cache_tokens": args.cache_tokens is None or args.cache_tokens >= 1,
-        "max_new_tokens": args.max_new_tokens >= 1, "temperature": 0 <= args.temperature < math.inf,
-        "top_p": 0 < args.top_p <= 1, "show": args.show >= 0,
-    }  # fmt: skip
-    for name, ok in in_range.items():
-        if not ok:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range")
     inputs = {"samples": Path(args.samples)} | ({"choices": Path(args.choices)} if args.choices else {})
     for name, path in inputs.items():
         if not path.is_file():

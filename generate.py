@@ -36,8 +36,8 @@ from sizes import CPU_CACHE_TOKENS, Shape, debate_tokens, fitting_tokens
 @dataclasses.dataclass(frozen=True)
 class DebateConfig:
     max_new_tokens: int = flag(200, "longest turn", int)
-    temperature: float = flag(0.4, "of sampling; 0 takes the likeliest token", float)
-    top_p: float = flag(1.0, "sample from the smallest set of tokens with this much probability", float)
+    temperature: float = flag(0.4, "of sampling; 0 takes the likeliest token", float, zero=True)
+    top_p: float = flag(1.0, "sample from the smallest set of tokens with this much probability", float, most=1)
     chat: bool = flag(False, "ask through the model's chat template; default: the plain prompt", bool)
     dtype: str = flag("auto", "of the model", choices=("auto", "float32", "bfloat16"))
     cache_tokens: int | None = flag(None, "keys and values in a batch; default: what fits the GPU", int, speed=True)

@@ -94,19 +94,25 @@ class TrainConfig:
     lr: float = flag(1e-5, "peak learning rate; cosine to zero, no warm-up", float)
     epochs: int = flag(2, "passes over the training samples", int)
     batch_size: int = flag(32, "samples per optimizer step", int)
-    seed: int = flag(0, "order of the samples, and where adapters start", int)
+    seed: int = flag(0, "order of the samples, and where adapters start", int, zero=True)
     max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
     kernels: str = flag("auto", "head and loss: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True)
     max_tokens_per_forward: int = flag(32768, "most tokens in one forward; changes rounding alone", int, speed=True)
     checkpointing: bool = flag(False, "recompute activations block by block to save memory", bool, speed=True)
     compile: bool = flag(False, "torch.compile every block; pays on a GPU", bool, speed=True)
-    alpha: float = flag(1.0, "product loss: exponent of the labels", float)
-    beta: float = flag(1.0, "product loss: exponent of the model's own probabilities", float)
-    aux_coef: float = flag(0.5, "logconf loss: weight of the model's own hardened predictions", float)
-    warmup_frac: float = flag(0.1, "logconf loss: share of the steps over which that weight ramps up", float)
+    alpha: float = flag(1.0, "product loss: exponent of the labels", float, zero=True, most=1000)
+    beta: float = flag(1.0, "product loss: exponent of the model's own probabilities", float, zero=True, most=1000)
+    aux_coef: float = flag(
+        0.5, "logconf loss: weight of the model's own hardened predictions", float, zero=True, most=1
+    )
+    warmup_frac: float = flag(
+        0.1, "logconf loss: share of the steps over which that weight ramps up", float, zero=True, most=1
+    )
     aux_warmup: str = flag("openai", "logconf loss: multiply by the step fraction and jump, or rise linearly", choices=("openai", "linear"))  # fmt: skip
-    lora_rank: int = flag(0, "train adapters of this rank on the frozen model's linear layers (0: whole model)", int)
+    lora_rank: int = flag(
+        0, "train adapters of this rank on the frozen model's linear layers (0: whole model)", int, zero=True
+    )
     lora_alpha: int = flag(32, "adapters count alpha / rank times", int)  # so the best rate hardly depends on the rank
 
 
@@ -337,14 +343,6 @@ def main() -> None:
     for name in ("train", "test"):
         if not Path(getattr(args, name)).is_file():
             raise InputError(f"--{name} {getattr(args, name)!r}: no such file")
-    for name in ("lr", "epochs", "batch_size", "max_tokens", "max_tokens_per_forward", "lora_alpha"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0, and finite")
-    for name, most in {"alpha": 1000, "beta": 1000, "aux_coef": 1, "warmup_frac": 1}.items():
-        if not 0 <= getattr(args, name) <= most:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from 0 to {most}")
-    if args.lora_rank < 0:
-        raise InputError(f"--lora-rank {args.lora_rank}: must not be negative (0: the whole model)")
     if check_out(args.out).exists() and {p.name for p in out.iterdir()} != {"steps.jsonl"}:
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
     resolve(args.kernels)

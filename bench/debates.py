@@ -42,7 +42,7 @@ class Args:
     seeds: int = flag(4, "debates of each sample", int)
     turns: int = flag(3, "turns of each debate", int)
     max_new_tokens: int = flag(48, "tokens of each turn, never fewer", int)
-    temperature: float = flag(0.7, "of sampling", float)
+    temperature: float = flag(0.7, "of sampling", float, zero=True)
     batches: tuple = flag((1, 16, 32, 64, 128), "batch sizes that are tried, of generate and of ours", int)
     rounds: int = flag(3, "runs of every engine", int)
     engines: tuple = flag(("ours", "generate", "vllm"), "what to run", choices=("ours", "generate", "vllm"))

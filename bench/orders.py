@@ -52,7 +52,7 @@ FORMS: dict[str, tuple[Callable, dict]] = {  # how a sample is read, and with wh
 class Args:
     results: str = flag("out/tiny", "folder of a run of w2s.py whose debates are finished")
     task: str = flag("places_evidence", "a task of that run with evidence", choices=tuple(TASKS))
-    seeds: tuple = flag((0, 1, 2), "debate seeds", int)
+    seeds: tuple = flag((0, 1, 2), "debate seeds", int, zero=True)
     forms: tuple = flag(tuple(FORMS), "what is compared", choices=tuple(FORMS))
     weak: str = flag("smollm2-135m:6", "the judge: hub id, folder or built-in model; `:N` keeps its first N blocks")
     lr: float = flag(TrainConfig.lr, "learning rate", float)

@@ -167,8 +167,8 @@ def step_rows(args: Args, profile: list[dict]) -> Iterator[dict]:
 
 def main() -> None:
     args = parse_dataclass(Args, sys.argv[1:], "bench.steps", __doc__)
-    if args.steps < 2 or args.rounds < 1:
-        raise InputError(f"--steps {args.steps} --rounds {args.rounds}: at least 2 steps, and a round")
+    if args.steps < 2:
+        raise InputError(f"--steps {args.steps}: at least 2, the first is not counted")
     profile: list[dict] = []
     write_rows(step_rows(args, profile), args.csv)
     write_rows(profile, args.csv and str(Path(args.csv).with_suffix("")) + "_profile.csv")

@@ -333,14 +333,11 @@ class Args:
     data_dir: str | None = flag(None, "folder with <task>/<split>.jsonl[.gz] in the hub's schema; default: the hub")
     limit_train: int | None = flag(None, "training samples at most, both halves together", int)
     limit_test: int | None = flag(None, "test samples at most", int)
-    seed: int = flag(0, "of the coin, the shuffle and the halves", int)
+    seed: int = flag(0, "of the coin, the shuffle and the halves", int, zero=True)
 
 
 def main() -> None:
     args = common.parse_dataclass(Args, sys.argv[1:], "data.prepare", __doc__)
-    for name, limit in {"train": args.limit_train, "test": args.limit_test}.items():
-        if limit is not None and limit < 1:
-            raise InputError(f"--limit-{name} {limit}: must be greater than 0")
     if common.check_out(args.out).exists():
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
     data_dir = args.data_dir and Path(args.data_dir)
