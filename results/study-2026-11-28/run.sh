@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind this folder, from the data to the tables:   bash results/study-2026-11-28/run.sh DATA OUT [sciq gap-3 ...]
+# The runs behind this folder, from the data to the tables:   bash results/study-2026-11-28/run.sh DATA OUT [sciq gap-3]
 #
 # DATA/sciq/{train,test}.jsonl.gz: all of allenai/sciq in the hub's fields. The runs land in OUT/sciq, OUT/gap-3, ...; one
 # cell is one --methods and one --seeds, which `run` below takes too. What is finished is not computed again.
@@ -21,7 +21,7 @@ run() { # OUT's subfolder, and more flags
     --weak-lr 2e-4 --epochs 2 --max-new-tokens 24 --dtype float32 --seeds 0 1 2 "${@:2}"
 }
 
-for part in ${@:-sciq gap-3 gap-12}; do
+for part in ${@:-sciq gap-3}; do
   case $part in
     sciq) run sciq --methods finetune ours single no_argument naive_ensemble turns_1 evidence ;;
     gap-*) # the same debates and the same ceiling, a weak model of other depth
@@ -33,6 +33,6 @@ for part in ${@:-sciq gap-3 gap-12}; do
       fi
       run "$part" --weak "smollm2-135m:${part#gap-}" --methods finetune single
       ;;
-    *) echo "$part: choose from sciq, gap-3, gap-12" >&2 && exit 2 ;;
+    *) echo "$part: choose from sciq, gap-3, gap-12, ... (number of blocks)" >&2 && exit 2 ;;
   esac
 done
