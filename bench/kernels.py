@@ -35,7 +35,7 @@ BATCHES = {"T1": 32, "T2": 256, "T3": 4096} if GPU else {"T1": 32}
 @dataclasses.dataclass(frozen=True)
 class Args:
     rows: tuple = flag(("T1", "T2", "T3", "T4", "H"), "which to run", choices=("T1", "T2", "T3", "T4", "H"))
-    seconds: float = flag(0.5, "of each measurement of wall time, at least 5 calls", float)
+    seconds: float = flag(0.5, "of each measurement of wall time, at least 5 calls", float, zero=True)
     csv: str = flag("", "file to write the rows to")
 
 
