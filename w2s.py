@@ -311,9 +311,9 @@ def make_all(stages: list[Stage], out: Path, groups: dict[int, Ranks]) -> None:
     start, made, held = time.time(), set(), Held()
     for size, pairs in itertools.groupby(enumerate(stages, 1), key=lambda pair: pair[1].group_size):
         ranks, neighbours = groups[size], list(pairs)
-        if ranks.count > 1:  # those to be made first, so that every group gets its share of them
-            done = groups[0].broadcast({n for n, stage in neighbours if stage.state()[0] is State.DONE})
-            neighbours.sort(key=lambda pair: pair[0] in done)
+        if ranks.count > 1:  # those never made first, so that every group gets its share of them
+            once = groups[0].broadcast({n for n, stage in neighbours if (stage.folder / "manifest.json").exists()})
+            neighbours.sort(key=lambda pair: pair[0] in once)
         for n, stage in neighbours[ranks.index :: ranks.count]:
             name, before = stage.folder.relative_to(out), time.time()
             try:

@@ -17,12 +17,14 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
     RUN), `methods`, `panels` (fields of a method's cell) and `x`, the method and field on the horizontal axis; without `x`
     there is a panel per point, a line per method. Raises InputError where a run or a task is not there.
     """
-    study, reports, texts = read_json(folder / "study.json") or {}, {}, []
+    file, reports, texts = folder / "study.json", {}, []
+    if not (study := read_json(file)):
+        raise InputError(f"{file}: no figures there, or not JSON")
     for name, figure in study.items():
         points = {}
         try:
             for label, where in figure["points"].items():
-                run, task = where.split("/")
+                run, _, task = where.partition("/")
                 if run not in reports:
                     reports[run] = saved(folder / run, labels, shown)
                     redraw(reports[run], folder / run)
@@ -30,7 +32,7 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
             texts.append(table(figure, points, labels).markdown())
             figures.draw(*panels(figure, points, labels)).savefig(folder / f"{name}.png", **figures.PNG)
         except KeyError as e:
-            raise InputError(f"{folder / 'study.json'}: {name}: there is no {e}") from None
+            raise InputError(f"{file}: {name}: there is no {e}") from None
         print0(f"wrote {folder / name}.png")
     write_text(folder / "study.md", "\n".join(texts))
     print0("\n".join([*texts, f"wrote {folder / 'study.md'}"]))

@@ -68,7 +68,7 @@ MORE_TOLD = [  # script, flags, what the line names beside
     (W2S, "--preset large", ["smoke", "tiny", "small", "paper-lora", "paper"]),
     (W2S, "--tasks chess", ["chess", "sciq", "boolq"]),
     (W2S, "--lr 0", ["--lr 0.0", "greater than 0", "finite"]),
-    (W2S, "--top-p 2", ["--top-p 2.0", "at most 1"]),
+    (W2S, "--top-p 2", ["--top-p 2.0", "greater than 0", "at most 1"]),
     (W2S, "--weak-lr -inf", ["--weak-lr"]),
     (W2S, "--no-such-flag", ["--no-such-flag", "--help"]),
     (W2S, "--data-dir .", ["--data-dir", "sciq/train.jsonl"]),

@@ -244,6 +244,8 @@ def test_a_study_is_drawn_across_runs(tmp_path, capsys):
         write_text(tmp_path / "study.json", json.dumps({"gap": study["gap"] | wrong}))
         assert run("w2s", "redraw", "--out", tmp_path) == 2
         assert "study.json: gap: there is no '" in capsys.readouterr().err
+    write_text(tmp_path / "study.json", "{")
+    assert run("w2s", "redraw", "--out", tmp_path) == 2 and "study.json: no figures" in capsys.readouterr().err
 
 
 def test_the_page_asks_for_nothing_and_can_be_read_without_a_script(small):

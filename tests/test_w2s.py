@@ -68,9 +68,8 @@ def test_methods_share_all_that_they_can(status, tmp_path):
     protocols = {n for n in names if "/transcripts/" in n}
     assert protocols == {f"sciq/transcripts/{p}" for p in debate.PROTOCOLS}
     judges = [n for n in names if "/weak-debate-" in n]
-    assert len(judges) == 2 * (
-        6 + 3 * 4 + 3 + 1
-    )  # six debates at three turns, four at others, three more finetunings, one turn
+    # six debates at three turns, four at each other number, three more finetunings, and the single judge's of one turn
+    assert len(judges) == 2 * (6 + 3 * 4 + 3 + 1)
     students = {n for n in names if "/strong-" in n}
     assert students == {f"sciq/predictions/strong-{m}-s{seed}" for m in (*methods, "ceiling") for seed in (0, 1)}
 

@@ -25,12 +25,10 @@ for part in ${@:-sciq gap-3}; do
   case $part in
     sciq) run sciq --methods finetune ours single no_argument naive_ensemble turns_1 evidence ;;
     gap-*) # the same debates and the same ceiling, a weak model of other depth
-      if [ ! -d "$out/$part" ]; then
-        mkdir -p "$out/$part/sciq_evidence/predictions"
-        cp -r "$out"/sciq/sciq_evidence/{data,transcripts} "$out/$part/sciq_evidence"
-        cp -r "$out"/sciq/sciq_evidence/predictions/{strong-ceiling-s?,zero-shot-strong,zero-shot-evidence} \
-          "$out/$part/sciq_evidence/predictions"
-      fi
+      mkdir -p "$out/$part/sciq_evidence/predictions"
+      cp -ru "$out"/sciq/sciq_evidence/{data,transcripts} "$out/$part/sciq_evidence"
+      cp -ru "$out"/sciq/sciq_evidence/predictions/{strong-ceiling-s?,zero-shot-strong,zero-shot-evidence} \
+        "$out/$part/sciq_evidence/predictions"
       run "$part" --weak "smollm2-135m:${part#gap-}" --methods finetune single
       ;;
     *) echo "$part: choose from sciq, gap-3, gap-12, ... (number of blocks)" >&2 && exit 2 ;;
