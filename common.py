@@ -116,9 +116,17 @@ class Progress:
                 self.ranks.print(f"{self.name}: {self.unit} {n} of {total} ({done:.0%}),", ", ".join([*more, left]))
 
 
+def processes_per_gpu() -> int:
+    """How many processes of this machine share a GPU; 1 without GPUs."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return -(-int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // gpus) if gpus else 1
+
+
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
-    """Initialise torch.distributed under torchrun, one GPU per rank where there are GPUs; destroy it at the end.
+    """Initialise torch.distributed under torchrun; destroy it at the end. Ranks take the machine's GPUs in turn.
 
     NCCL for tensors on GPUs, gloo for the rest. With one process this does nothing.
     """
@@ -129,7 +137,7 @@ def distributed() -> Iterator[None]:
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # a rank may wait long for the others' share
     yield  # after an exception the others may be waiting: no clean end, torchrun stops them

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common import ALONE, InputError, Ranks, flag, stable_hash
+from common import ALONE, InputError, Ranks, flag, processes_per_gpu, stable_hash
 from model import (
     ModelSpec,
     device,
@@ -269,6 +269,7 @@ class Debater:
         if self.config.cache_tokens or device().type == "cpu":
             return self.config.cache_tokens or CPU_CACHE_TOKENS
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free /= processes_per_gpu()
         shares = self.ranks.size if self.config.engine == "sharded" else 1
         m, e = Shape.of(self.model.config), self.model.dtype.itemsize
         return min(self.ranks.gather(fitting_tokens(free, m, e, self.config.max_new_tokens, shares)))

@@ -79,6 +79,16 @@ class Plain(ast.NodeTransformer):
         return None if by_flag else self.generic_visit(node)
 
 
+def written(node) -> str:
+    """A tree as text, without empty fields: the next Python has more of them."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(written, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{name}={written(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return f"{type(node).__name__}({', '.join(fields)})"
+
+
 def named(node: ast.AST) -> set[tuple[str, ...]]:
     """Names and dotted names that a definition reads, without a function's own arguments and variables."""
     if isinstance(node, ast.ClassDef):  # part by part: a method's variable is not another method's
@@ -133,6 +143,6 @@ def definition(module: str, name: str) -> tuple[str, list[tuple[str, str]]]:
     """Digest of a definition, and the definitions that it names."""
     nodes = [Plain().visit(node) for node in parse(module).definitions[name]]
     paths = sorted(set().union(*(named(node) for node in nodes)))
-    text = "\n".join(ast.dump(node) for node in nodes)
+    text = "\n".join(map(written, nodes))
     more = [at for path in paths if (at := resolve(module, path))]
     return hashlib.sha256(text.encode()).hexdigest()[:12], more

@@ -12,6 +12,7 @@
 # takes the largest of paper, paper-lora, small and tiny that the plan finds to fit the GPUs that CUDA_VISIBLE_DEVICES leaves,
 # with the flags that it needs for that. Flags go on to `python w2s.py run` (see its --help). Run it again after an
 # interruption: what is finished is not computed again. It works in .venv, unless an environment is active or W2S_NO_VENV=1.
+# One process per GPU; PROCESSES=8 for eight, which may share one: small models leave most of it idle.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ "${W2S_NO_VENV:-0}" != 1 ] && [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -34,7 +35,7 @@ if [ "$preset" = auto ]; then
   set -- $more "$@"
   echo "preset $preset $more"
 fi
-processes=$(python -c "import torch; print(torch.cuda.device_count())")
+processes=${PROCESSES:-$(python -c "import torch; print(torch.cuda.device_count())")}
 if [ "$processes" = 0 ] && [ "$preset" = tiny ] && [ "$(nproc)" -gt 1 ]; then # two runs side by side are 1.3 times as fast
   processes=2
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / 2))}

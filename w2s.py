@@ -33,7 +33,18 @@ import plan as estimate
 import status
 import steps
 import train
-from common import InputError, Ranks, check_out, parse_given, print0, read_jsonl, run_script, world
+from common import (
+    InputError,
+    Ranks,
+    check_out,
+    group_size,
+    parse_given,
+    print0,
+    processes_per_gpu,
+    read_jsonl,
+    run_script,
+    world,
+)
 from config import FIGURE_METHODS, LABELS, METHODS, NO_FIGURES, SHOWN, Config, Method, show_config
 from debate import PROTOCOLS
 from generate import DebateConfig
@@ -299,7 +310,10 @@ def run(experiments: list[Experiment]) -> None:
     for spec in (experiments[0].weak, experiments[0].strong):
         tokenizer = load_tokenizer(spec)  # says what is wrong with a model before anything is written
     generate.check_chat(spec, config.chat, tokenizer)
-    groups = {size: ranks.split(size) for size in (0, config.weak_gpus, config.strong_gpus)}
+    sizes = (config.weak_gpus, config.strong_gpus)
+    if (n := processes_per_gpu()) > 1 and not all(group_size(ranks.size, size) == 1 for size in sizes):
+        raise InputError(f"{n} processes share a GPU, where each finetunes alone: --weak-gpus 1 --strong-gpus 1")
+    groups = {size: ranks.split(size) for size in (0, *sizes)}
     with locked(Path(config.out)):
         make_all([s for e in experiments for s in e.stages()], Path(config.out), groups)
         if ranks.rank == 0:
