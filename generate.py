@@ -285,7 +285,8 @@ class Debater:
         rows = torch.arange(len(openings), device=self.is_end.device)
         common = min(len(os.path.commonprefix(openings)), min(map(len, openings)) - 1)
         session = Session(self.model)
-        session.forward([openings[0][:common]])
+        if common:
+            session.forward([openings[0][:common]])
         session = session.select(torch.zeros_like(rows))
         session.forward([o[common:] for o in openings])
         return session.select(rows.repeat_interleave(copies))

@@ -65,8 +65,6 @@ def backward_kernel(
     """One program per block of D and ROWS samples: it walks the samples, writes dh and keeps the sums over samples."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
-    of_head = (k[:, None] < n_classes) & (d[None, :] < n_cols)
-    weight = tl.load(weight_ptr + k[:, None] * n_cols + d[None, :], mask=of_head, other=0.0).to(tl.float32)
     d_weight = tl.full([BLOCK_K, BLOCK_D], 0.0, tl.float32)
     first = tl.program_id(1) * ROWS
     for start in range(first, tl.minimum(first + ROWS, n_rows), BLOCK_B):
@@ -74,12 +72,14 @@ def backward_kernel(
         row = tl.load(rows_ptr + b, mask=b < n_rows, other=0).to(tl.int64)
         inside = (b[:, None] < n_rows) & (d[None, :] < n_cols)
         h = tl.load(h_ptr + row[:, None] * h_stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        is_class = (b[:, None] < n_rows) & (k[None, :] < n_classes)
-        g = tl.load(g_ptr + b[:, None] * n_classes + k[None, :], mask=is_class, other=0.0)
-        dh = tl.sum(g[:, :, None] * weight[None, :, :], 1)
-        d_weight += tl.sum(g[:, :, None] * h[:, None, :], 0)
+        dh = tl.full([BLOCK_B, BLOCK_D], 0.0, tl.float32)
+        for c in tl.static_range(n_classes):  # in two dimensions: triton 3.6 adds a short middle axis up several times
+            g = tl.load(g_ptr + b * n_classes + c, mask=b < n_rows, other=0.0)[:, None]
+            dh += g * tl.load(weight_ptr + c * n_cols + d, mask=d < n_cols, other=0.0).to(tl.float32)[None, :]
+            d_weight += tl.where(k[:, None] == c, tl.sum(g * h, 0)[None, :], 0.0)
         tl.store(dh_ptr + b[:, None].to(tl.int64) * n_cols + d[None, :], dh.to(dh_ptr.dtype.element_ty), mask=inside)
     sums_ptr += tl.program_id(1) * n_classes * n_cols
+    of_head = (k[:, None] < n_classes) & (d[None, :] < n_cols)
     tl.store(sums_ptr + k[:, None] * n_cols + d[None, :], d_weight, mask=of_head)
 
 
@@ -91,8 +91,7 @@ def forward_blocks(n_cols: int, n_classes: int) -> dict[str, int]:
 
 def backward_blocks(n_classes: int) -> dict[str, int]:
     """BLOCK_* and warps of the backward kernel."""
-    classes = triton.next_power_of_2(n_classes)
-    return {"BLOCK_D": 64, "BLOCK_B": TILE // 64 // classes, "BLOCK_K": classes, "num_warps": 8}
+    return {"BLOCK_D": 64, "BLOCK_B": TILE // 64, "BLOCK_K": triton.next_power_of_2(n_classes), "num_warps": 8}
 
 
 def forward(hidden: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
