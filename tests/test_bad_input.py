@@ -99,6 +99,13 @@ def test_bad_flags(script, flags, told, refused):
     assert not list(Path("out").rglob("*.jsonl"))
 
 
+def test_processes_that_share_a_gpu_train_alone(refused, monkeypatch):
+    monkeypatch.setattr("w2s.processes_per_gpu", lambda: 3)
+    monkeypatch.setattr("w2s.world", lambda: common.Ranks(0, 3))
+    refused(W2S, [], ("3 processes", "--weak-gpus 1", "--strong-gpus 1"))
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("command, told", [("dance", "run, plan, status, report"), ("report", "python w2s.py run")])
 def test_bad_commands(command, told, tmp_path, capsys):
     assert run("w2s", command, "--preset", "smoke", "--out", tmp_path / "out") == 2

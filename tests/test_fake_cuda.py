@@ -249,6 +249,11 @@ def test_a_batch_of_debates_is_what_fits_the_fullest_gpu(name, gpu, monkeypatch)
         debater.config, debater.ranks = config, types.SimpleNamespace(size=2, gather=lambda x, n=others: [x, n])
         del debater.cache_tokens
         assert debater.cache_tokens == found
+    debater.config, debater.ranks = DebateConfig(), generate.ALONE
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    del debater.cache_tokens
+    assert 3 * debater.cache_tokens == pytest.approx(tokens, rel=1e-3)  # three processes share a GPU
 
 
 @pytest.mark.parametrize("name", QWENS)

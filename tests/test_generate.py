@@ -15,6 +15,19 @@ from debate import run_protocol
 from generate import ENGINES, DebateConfig, Debater, gumbel, sample, sample_dense, splitmix64
 from model import ModelSpec
 
+# ---- reading ----
+
+
+@pytest.mark.parametrize("texts", [[[5, 6, 7], [8, 9]], [[5, 6, 7], [5, 6]], [[5], [5, 6]], [[4]]])
+def test_openings_are_read_as_each_alone_whatever_they_begin_with(texts, tiny_model):
+    debater = make_debater(tiny_model("llama"))
+    session = debater.prefill(texts, copies=2)
+    logits = session.forward(torch.full((2 * len(texts),), 3))
+    with torch.no_grad():
+        alone = [debater.model(torch.tensor([t + [3]])).logits[0, -1] for t in texts]
+    torch.testing.assert_close(logits, torch.stack(alone).repeat_interleave(2, 0), atol=1e-5, rtol=1e-4)
+
+
 # ---- keyed sampling ----
 
 

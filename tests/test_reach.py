@@ -18,6 +18,15 @@ METHODS = ("finetune", "finetune_aux", "ours", "market_making", "no_argument", "
 PRODUCT = [p for folder in (".", "data", "kernels", "bench", "report") for p in (ROOT / folder).glob("*.py")]
 
 
+def test_a_digest_is_the_same_under_a_python_with_more_fields():
+    node = ast.parse("def f(x: int = 0): return x").body[0]
+    before = reach.written(node)
+    node._fields, node.type_params = (*node._fields, "type_params"), []
+    assert (
+        ast.dump(node) != ast.dump(ast.parse("def f(x: int = 0): return x").body[0]) and reach.written(node) == before
+    )
+
+
 def experiment(out: Path) -> Experiment:
     given = {"preset": "smoke", "tasks": ("sciq_evidence",), "methods": METHODS, "seeds": (0,), "limit_train": 24}
     return Experiment(Config.of("sciq_evidence", **given, limit_test=8, out=str(out)), "sciq_evidence")
