@@ -224,7 +224,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
     if query.is_cuda:  # EFFICIENT stores no scores, and takes no grouped heads
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     q, k, v, grouped = padded(query), padded(key), padded(value), query.shape[1] != key.shape[1]
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if query.dtype == torch.float32:  # on a CPU; of bfloat16 its backward is slower than MATH there
+        backends.append(SDPBackend.FLASH_ATTENTION)
+    with sdpa_kernel(backends):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)[pack.slots][None], None
 

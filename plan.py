@@ -182,7 +182,7 @@ def finetuning_memory(
 ) -> dict:
     """Peak bytes per GPU, by part, of a step on `tokens` in one forward, of samples up to `longest`; `rank` of adapters or 0."""
     kept = e * (8 * m.D + 2 * m.d * (m.heads + m.kv_heads) + 4 * m.F)  # per token and block
-    kept += 4 * m.heads * longest * cpu  # scores, which attention on a GPU does not store
+    kept += 4 * m.heads * longest * (cpu and e == 2)  # scores, which no other attention stores
     activations = tokens * (e * m.D * (m.blocks - 1) + kept if checkpointing else m.blocks * kept)
     if rank:
         return {"frozen": e * (m.body + m.V * m.D), "adapters": 16 * m.adapters(rank), "activations": activations}

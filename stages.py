@@ -235,6 +235,7 @@ def read_manifest(folder: Path) -> dict | None:
     return have if whole else {}
 
 
+@functools.cache
 def provenance() -> dict:
     """Commit, package versions and device, for a manifest."""
     import torch
