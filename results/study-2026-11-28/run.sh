@@ -1,21 +1,19 @@
 #!/usr/bin/env bash
 # The runs behind this folder, from the data to the tables:   bash results/study-2026-11-28/run.sh DATA OUT [PART ...]
 #
-#   main       every row of Tables 2, 4 and 5, both figures and the controls, on SciQ with evidence    five seeds
-#   none       the same on SciQ without evidence, the paper's setting                                  five seeds
-#   knowledge  debaters who hold half of the passage, or that of another question                      five seeds
-#   gap-N      the weak model is the strong one's first N blocks (here 3, 12, 20); needs main          five seeds
-#   others     BoolQ and CosmosQA with evidence, 800 + 800 rows                                        three seeds
-#   all        SciQ with evidence, every row whose passage is known: 1,073 + 1,074, 615 test            five seeds
+#   sciq       SciQ with evidence: ours, one judge, one turn, the three losses, controls, the bound
+#   knowledge  debaters who hold half of the passage, the passage of another question, or none
+#   gap-N      the weak model is the strong one's first N blocks (here 3 and 12)
 #
-# DATA/<task>/<split>.jsonl.gz: the sources in the hub's fields. A part lands in OUT/PART; what is finished is not computed
-# again. One cell: one part, with METHODS="finetune ours" SEEDS=0. On one GPU PROCESSES=6 is fastest; DTYPE=float32.
+# DATA/sciq/{train,test}.jsonl.gz: all of allenai/sciq in the hub's fields. A part lands in OUT/PART; sciq comes first, the others
+# take over its debates and ceilings. What is finished is not computed again. A cell: one part, METHODS="finetune single" SEEDS=0.
+# DTYPE is float32, as in the rows here; a GPU is fastest with DTYPE=bfloat16 PROCESSES=6.
 set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-short=$out/data/sciq # a 135M debater reads short passages: 1,725 training and 478 test rows
+short=$out/data/sciq # a 135M debater on a CPU reads short passages: 1,725 training and 478 test rows
 mkdir -p "$short"
 for split in train test; do
   [ -f "$short/$split.jsonl.gz" ] && continue
@@ -26,36 +24,31 @@ sys.stdout.writelines(line for line in sys.stdin if 60 <= len(json.loads(line)['
   mv "$short/$split.tmp" "$short/$split.jsonl.gz"
 done
 
-tables="finetune finetune_aux finetune_pro consultancy market_making independent other_debate single finetune_ensembles
-  ours ours_aux ours_pro naive_ensemble no_argument evidence"
-
-run() { # part, methods, seeds, more flags
-  bash reproduce.sh tiny --out "$out/$1" --methods ${METHODS:-$2} --seeds ${SEEDS:-$3} --data-dir "$out/data" \
-    --limit-train 1600 --batch-size 32 --lr 1e-4 --weak-lr 2e-4 --epochs 2 --max-new-tokens 24 --dtype "${DTYPE:-auto}" "${@:4}"
+run() { # part, its methods, more flags
+  bash reproduce.sh tiny --out "$out/$1" --methods ${METHODS:-$2} --seeds ${SEEDS:-0 1 2} --data-dir "$out/data" --limit-train 1600 \
+    --batch-size 32 --lr 1e-4 --weak-lr 2e-4 --epochs 2 --max-new-tokens 24 --dtype "${DTYPE:-float32}" "${@:3}"
 }
 
-for part in ${@:-main none knowledge gap-3 gap-12 gap-20 others all}; do
+take() { # part, what it takes over of sciq's stages
+  mkdir -p "$out/$1/sciq_evidence/predictions"
+  cp -ru "$out"/sciq/sciq_evidence/{data,transcripts} "$out/$1/sciq_evidence"
+  for stage in "${@:2}"; do cp -ru "$out"/sciq/sciq_evidence/predictions/$stage "$out/$1/sciq_evidence/predictions"; done
+}
+
+for part in ${@:-sciq knowledge gap-3 gap-12}; do
   case $part in
-    main | none)
-      task=sciq$([ $part = none ] || echo _evidence)
-      run $part "$tables ensemble_2 ensemble_3 turns_1 turns_2 turns_6" "0 1 2 3 4" --tasks $task
+    sciq)
+      run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single no_argument naive_ensemble turns_1 evidence" \
+        --tasks sciq_evidence
       ;;
-    knowledge) run $part "finetune single ours" "0 1 2 3 4" --tasks sciq_half_evidence sciq_other_evidence ;;
-    gap-*) # the same debates and the same ceiling
-      mkdir -p "$out/$part/sciq_evidence/predictions"
-      cp -ru "$out"/main/sciq_evidence/{data,transcripts} "$out/$part/sciq_evidence"
-      cp -ru "$out"/main/sciq_evidence/predictions/{strong-ceiling-s?,zero-shot-strong,zero-shot-evidence} \
-        "$out/$part/sciq_evidence/predictions"
-      run $part "finetune single ours" "0 1 2 3 4" --tasks sciq_evidence --weak "smollm2-135m:${part#gap-}"
+    knowledge)
+      take $part 'weak-naive-f0-s?' 'weak-debate-d0-t3-f0-s?' 'strong-ceiling-s?' 'strong-finetune-s?' 'zero-shot-*'
+      run $part "finetune single" --tasks sciq_evidence sciq_half_evidence sciq_other_evidence sciq
       ;;
-    others)
-      run $part "finetune single ours naive_ensemble no_argument evidence" "0 1 2" --data-dir "$data" \
-        --tasks boolq_evidence cosmos_qa_evidence --limit-test 1000
+    gap-*)
+      take $part 'strong-ceiling-s?' zero-shot-strong zero-shot-evidence
+      run $part "finetune single" --tasks sciq_evidence --weak "smollm2-135m:${part#gap-}"
       ;;
-    all)
-      run $part "finetune single ours naive_ensemble no_argument evidence turns_1" "0 1 2 3 4" --data-dir "$data" \
-        --tasks sciq_evidence --limit-train 20000
-      ;;
-    *) echo "$part: choose from main, none, knowledge, gap-3, gap-12, gap-20, others, all" >&2 && exit 2 ;;
+    *) echo "$part: choose from sciq, knowledge, gap-3, gap-12" >&2 && exit 2 ;;
   esac
 done
