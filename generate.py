@@ -265,7 +265,7 @@ class Debater:
 
     @functools.cached_property
     def cache_tokens(self) -> int:
-        """Keys and values in a batch: as many as asked, or as the fullest GPU can hold. Every rank must ask."""
+        """Keys and values in a batch: as many as asked, or this process's share of the fullest GPU. Every rank must ask."""
         if self.config.cache_tokens or device().type == "cpu":
             return self.config.cache_tokens or CPU_CACHE_TOKENS
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -12,7 +12,8 @@
 # takes the largest of paper, paper-lora, small and tiny that the plan finds to fit the GPUs that CUDA_VISIBLE_DEVICES leaves,
 # with the flags that it needs for that. Flags go on to `python w2s.py run` (see its --help). Run it again after an
 # interruption: what is finished is not computed again. It works in .venv, unless an environment is active or W2S_NO_VENV=1.
-# One process per GPU; PROCESSES=8 for eight, which may share one: small models leave most of it idle.
+# One process per GPU; PROCESSES=8 makes eight, which may share one: small models leave most of it idle. `plan` and `auto` know
+# nothing of that: each process holds a model, and debates as large as --cache-tokens.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ "${W2S_NO_VENV:-0}" != 1 ] && [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -29,17 +30,24 @@ fi
 
 preset=${1:-auto}
 shift $(($# > 0))
+if [[ ! ${PROCESSES:-1} =~ ^[1-9][0-9]*$ ]] || { [ "$preset" = auto ] && [ -n "${PROCESSES:-}" ]; }; then
+  echo "error: PROCESSES=$PROCESSES: give a number from 1, and name a preset: auto plans for one process per GPU" >&2
+  exit 2
+fi
 if [ "$preset" = auto ]; then
   chosen=$(python w2s.py plan --preset auto "$@")
   read -r preset more <<<"$chosen"
   set -- $more "$@"
   echo "preset $preset $more"
 fi
-processes=${PROCESSES:-$(python -c "import torch; print(torch.cuda.device_count())")}
-cores=$(env -u OMP_NUM_THREADS nproc)
-if [ "$processes" = 0 ] && [ "$preset" = tiny ] && [ "$cores" -gt 1 ]; then # two runs side by side are 1.3 times as fast
-  processes=2
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / 2))}
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+processes=${PROCESSES:-$gpus}
+if [ "$gpus" = 0 ]; then
+  cores=$(env -u OMP_NUM_THREADS nproc)
+  if [ "$preset" = tiny ] && [ "$cores" -gt 1 ]; then # two runs side by side are 1.3 times as fast
+    processes=${PROCESSES:-2}
+  fi
+  [ "$processes" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 fi
 launch=python
 [ "$processes" -gt 1 ] && launch="torchrun --standalone --nproc-per-node $processes"

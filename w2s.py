@@ -311,8 +311,10 @@ def run(experiments: list[Experiment]) -> None:
         tokenizer = load_tokenizer(spec)  # says what is wrong with a model before anything is written
     generate.check_chat(spec, config.chat, tokenizer)
     sizes = (config.weak_gpus, config.strong_gpus)
-    if (n := processes_per_gpu()) > 1 and not all(group_size(ranks.size, size) == 1 for size in sizes):
-        raise InputError(f"{n} processes share a GPU, where each finetunes alone: --weak-gpus 1 --strong-gpus 1")
+    alone = config.engine != "sharded" and all(group_size(ranks.size, size) == 1 for size in sizes)
+    if (n := processes_per_gpu()) > 1 and not alone:
+        wanted = "--weak-gpus 1 --strong-gpus 1 --engine replicated"
+        raise InputError(f"{n} processes share a GPU, where each works alone: {wanted}")
     groups = {size: ranks.split(size) for size in (0, *sizes)}
     with locked(Path(config.out)):
         make_all([s for e in experiments for s in e.stages()], Path(config.out), groups)

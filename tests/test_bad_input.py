@@ -102,7 +102,8 @@ def test_bad_flags(script, flags, told, refused):
 def test_processes_that_share_a_gpu_train_alone(refused, monkeypatch):
     monkeypatch.setattr("w2s.processes_per_gpu", lambda: 3)
     monkeypatch.setattr("w2s.world", lambda: common.Ranks(0, 3))
-    refused(W2S, [], ("3 processes", "--weak-gpus 1", "--strong-gpus 1"))
+    for flags in ([], ["--weak-gpus", "1"], ["--weak-gpus", "1", "--strong-gpus", "1", "--engine", "sharded"]):
+        refused(W2S, flags, ("3 processes", "--weak-gpus 1", "--strong-gpus 1", "--engine replicated"))
     assert not Path("out").exists()
 
 

@@ -22,9 +22,7 @@ def test_a_digest_is_the_same_under_a_python_with_more_fields():
     node = ast.parse("def f(x: int = 0): return x").body[0]
     before = reach.written(node)
     node._fields, node.type_params = (*node._fields, "type_params"), []
-    assert (
-        ast.dump(node) != ast.dump(ast.parse("def f(x: int = 0): return x").body[0]) and reach.written(node) == before
-    )
+    assert ("type_params", []) in ast.iter_fields(node) and reach.written(node) == before
 
 
 def experiment(out: Path) -> Experiment:
