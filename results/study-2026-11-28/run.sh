@@ -5,9 +5,11 @@
 #   knowledge  debaters who hold half of the passage, the passage of another question, or none
 #   gap-N      the weak model is the strong one's first N blocks (here 3 and 12)
 #
-# DATA/sciq/{train,test}.jsonl.gz: all of allenai/sciq in the hub's fields. A part lands in OUT/PART; sciq comes first, the others
-# take over its debates and ceilings. What is finished is not computed again. A cell: one part, METHODS="finetune single" SEEDS=0.
-# DTYPE is float32, as in the rows here; a GPU is fastest with DTYPE=bfloat16 PROCESSES=6.
+# DATA/sciq/{train,test}.jsonl.gz: rows of allenai/sciq in the hub's fields. Those behind this folder were 3,534 of the training
+# split, whose distractors are known, and 700 of the test split; with all of the hub's, other rows are drawn. A part lands in
+# OUT/PART; sciq comes first, the others take over its debates and ceilings. What is finished is not computed again.
+# A cell: one part, METHODS="finetune single" SEEDS=0. DTYPE is float32, as in the rows here. Then the figures across parts:
+#   cp results/study-2026-11-28/study.json OUT && python w2s.py redraw --out OUT
 set -euo pipefail
 data=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
@@ -20,8 +22,8 @@ for split in train test; do
   zcat "$data/sciq/$split.jsonl.gz" | python3 -c "
 import json, sys
 sys.stdout.writelines(line for line in sys.stdin if 60 <= len(json.loads(line)['support'] or '') <= 700)" |
-    gzip -n >"$short/$split.tmp"
-  mv "$short/$split.tmp" "$short/$split.jsonl.gz"
+    gzip -n >"$short/$split.$$.tmp"
+  mv "$short/$split.$$.tmp" "$short/$split.jsonl.gz"
 done
 
 run() { # part, its methods, more flags
@@ -30,6 +32,7 @@ run() { # part, its methods, more flags
 }
 
 take() { # part, what it takes over of sciq's stages
+  [ -d "$out/sciq/sciq_evidence/predictions" ] || { echo "error: $1 takes over stages of sciq: run that part first" >&2; exit 2; }
   mkdir -p "$out/$1/sciq_evidence/predictions"
   cp -ru "$out"/sciq/sciq_evidence/{data,transcripts} "$out/$1/sciq_evidence"
   for stage in "${@:2}"; do cp -ru "$out"/sciq/sciq_evidence/predictions/$stage "$out/$1/sciq_evidence/predictions"; done
