@@ -74,8 +74,8 @@ def against(ax, x: tuple[str, str], field: str, methods: list[str], points: dict
     for n, (method, color) in enumerate(zip(methods, COLORS, strict=False)):
         found = {label: cells for label, cells in points.items() if cells.get(method, {}).get(field) is not None}
         y, error = with_whiskers({label: cells[method] for label, cells in found.items()}, list(found), field)
-        at = [100 * cells[x[0]][x[1]] for cells in found.values()]
-        ax.errorbar(at, y, yerr=error, marker="o", capsize=3, ls="", color=color, label=labels[method])
+        at, error_at = with_whiskers({label: cells[x[0]] for label, cells in found.items()}, list(found), x[1])
+        ax.errorbar(at, y, error, error_at, marker="o", capsize=3, ls="", color=color, label=labels[method])
         for place in zip(found, at, y, strict=True) if n == 0 else ():
             ax.annotate(place[0], place[1:], xytext=(4, 4), textcoords="offset points", fontsize=8)
     if field == "diff_vs_finetune":
