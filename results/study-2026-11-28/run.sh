@@ -2,7 +2,7 @@
 # The runs behind this folder, from the data to the tables:   bash results/study-2026-11-28/run.sh DATA OUT [PART ...]
 #
 #   sciq       SciQ with evidence: ours, one judge, one turn, the three losses, controls, the bound
-#   knowledge  debaters who hold half of the passage, the passage of another question, or none
+#   knowledge  debaters who hold the passage of another question, none, or half of it (half: not in this folder yet)
 #   gap-N      the weak model is the strong one's first N blocks (here 3 and 12)
 #
 # DATA/sciq/{train,test}.jsonl.gz: rows of allenai/sciq in the hub's fields. Those behind this folder were 3,534 of the training
