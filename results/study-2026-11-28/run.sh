@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The runs behind this folder, from the data to the tables:   bash results/study-2026-11-28/run.sh DATA OUT [PART ...]
 #
-#   sciq       SciQ with evidence: ours, one judge, one turn, the three losses, controls, the bound
+#   sciq       SciQ with evidence: ours, one judge, one turn, controls, the bound, other losses (*_aux, *_pro: not in this folder yet)
 #   knowledge  debaters who hold the passage of another question, none, or half of it (half: not in this folder yet)
 #   gap-N      the weak model is the strong one's first N blocks (here 3 and 12)
 #
