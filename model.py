@@ -221,12 +221,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         H, d = x.shape[1], x.shape[3]
         return x.new_zeros(B * L, H, d).index_copy(0, pack.slots, x[0].transpose(0, 1)).view(B, L, H, d).transpose(1, 2)
 
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if query.is_cuda:  # EFFICIENT stores no scores, and takes no grouped heads
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    q, k, v, grouped = padded(query), padded(key), padded(value), query.shape[1] != key.shape[1]
-    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if query.dtype == torch.float32:  # on a CPU; of bfloat16 its backward is slower than MATH there
+    elif query.dtype == torch.float32:  # of bfloat16 a CPU's FlashAttention goes back more slowly than MATH
         backends.append(SDPBackend.FLASH_ATTENTION)
+    q, k, v, grouped = padded(query), padded(key), padded(value), query.shape[1] != key.shape[1]
     with sdpa_kernel(backends):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)[pack.slots][None], None
