@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import generate
 import heads
 import model
+import plan
 import sizes
 import train
 from generate import DebateConfig, Debater, grouped_attention
@@ -158,7 +159,7 @@ def fake_classifier(gpu, monkeypatch):
     monkeypatch.setattr(model, "load_tokenizer", lambda spec: types.SimpleNamespace(pad_token_id=0, eos_token_id=0))
     pretrained = property(lambda c: list(c.model.base_model.parameters()))
     monkeypatch.setattr(Classifier, "pretrained", pretrained)  # without a CPU
-    return lambda name, dtype=torch.bfloat16: Classifier(ModelSpec(name), 2, dtype, "triton")
+    return lambda name, **adapters: Classifier(ModelSpec(name), 2, torch.bfloat16, "triton", **adapters)
 
 
 # ---- finetuning ----
@@ -216,6 +217,36 @@ def test_a_batch_in_several_forwards(fake_classifier, launches):
     assert launches == 2 * ["forward_kernel"] + ["loss_kernel"] + 2 * ["forward_kernel", "backward_kernel"]
     assert all(p.grad is None for p in classifier.optimizer.rounded)
     assert classifier.features([[1, 2], [3]]).shape == (2, sizes.SHAPES[QWENS[0]].D)
+
+
+def kept_for_backward(classifier) -> int:
+    """Bytes of what autograd saves of a forward, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in classifier.model.parameters()}
+    saved = {}  # the storages themselves: a freed one's number would be given out again
+
+    def save(x: Tensor) -> Tensor:
+        saved[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        classifier.logits(TOKENS)
+    return sum(s.nbytes() for key, s in saved.items() if key not in weights)
+
+
+@pytest.mark.parametrize("how", ["full", "checkpointing", "lora"])
+@pytest.mark.parametrize("name", QWENS)
+def test_a_block_keeps_the_activations_that_plan_counts(name, how, fake_classifier, launches, monkeypatch):
+    """Of the kernels that a GPU takes; so --preset paper is planned with all that its forward keeps."""
+    rank, kept, planned = 16 * (how == "lora"), {}, {}
+    for blocks in (2, 4):
+        monkeypatch.setitem(globals(), "BLOCKS", blocks)
+        classifier = fake_classifier(name, lora_rank=rank)
+        classifier.reset(train.TrainConfig(checkpointing=how == "checkpointing"))
+        kept[blocks], shape = kept_for_backward(classifier), sizes.SHAPES[name]._replace(blocks=blocks)
+        memory = plan.finetuning_memory(shape, 1, sum(LENGTHS), max(LENGTHS), how == "checkpointing", 2, False, rank)
+        planned[blocks] = memory["activations"]
+    of_plan = (kept[4] - kept[2]) / (planned[4] - planned[2])
+    assert 0.9 < of_plan < 1 if rank else abs(of_plan - 1) < 0.01  # frozen norms keep less than plan counts
 
 
 def test_a_step_of_many_heads(gpu, launches, monkeypatch):
