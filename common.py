@@ -124,6 +124,12 @@ def processes_per_gpu() -> int:
     return -(-int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // gpus) if gpus else 1
 
 
+def refuse_shared_gpus(instead: str) -> None:
+    """Raises InputError where processes share a GPU: NCCL does not connect them, so they cannot work on one model."""
+    if (n := processes_per_gpu()) > 1:
+        raise InputError(f"{n} processes share a GPU, where each works alone: {instead}")
+
+
 @contextlib.contextmanager
 def distributed() -> Iterator[None]:
     """Initialise torch.distributed under torchrun; destroy it at the end. Ranks take the machine's GPUs in turn.

@@ -42,6 +42,7 @@ from common import (
     print0,
     read_jsonl,
     read_samples,
+    refuse_shared_gpus,
     run_script,
     stable_hash,
     world,
@@ -338,6 +339,8 @@ def main() -> None:
         return [chosen[s["id"]] for s in asked]
 
     config = picked(DebateConfig, args)
+    if config.engine == "sharded":
+        refuse_shared_gpus("--engine replicated")
     spec = ModelSpec.parse(args.strong)
     files = {k: out / f"seed{k}.jsonl" for k in args.seed}
 

@@ -31,6 +31,7 @@ from common import (
     picked,
     print0,
     read_samples,
+    refuse_shared_gpus,
     run_script,
     stable_hash,
     world,
@@ -346,6 +347,7 @@ def main() -> None:
     if check_out(args.out).exists() and {p.name for p in out.iterdir()} != {"steps.jsonl"}:
         raise InputError(f"--out {args.out!r}: name a folder that does not exist yet")
     resolve(args.kernels)
+    refuse_shared_gpus("start one process per GPU")
     config = picked(TrainConfig, args)
     train, test = (read_samples(Path(path), "text") for path in (args.train, args.test))
     n_classes = max([2, *(len(r["probs"]) for r in train if isinstance(r.get("probs"), list))])

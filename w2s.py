@@ -40,8 +40,8 @@ from common import (
     group_size,
     parse_given,
     print0,
-    processes_per_gpu,
     read_jsonl,
+    refuse_shared_gpus,
     run_script,
     world,
 )
@@ -312,9 +312,8 @@ def run(experiments: list[Experiment]) -> None:
     generate.check_chat(spec, config.chat, tokenizer)
     sizes = (config.weak_gpus, config.strong_gpus)
     alone = config.engine != "sharded" and all(group_size(ranks.size, size) == 1 for size in sizes)
-    if (n := processes_per_gpu()) > 1 and not alone:
-        wanted = "--weak-gpus 1 --strong-gpus 1 --engine replicated"
-        raise InputError(f"{n} processes share a GPU, where each works alone: {wanted}")
+    if not alone:
+        refuse_shared_gpus("--weak-gpus 1 --strong-gpus 1 --engine replicated")
     groups = {size: ranks.split(size) for size in (0, *sizes)}
     with locked(Path(config.out)):
         make_all([s for e in experiments for s in e.stages()], Path(config.out), groups)

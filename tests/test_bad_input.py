@@ -100,10 +100,12 @@ def test_bad_flags(script, flags, told, refused):
 
 
 def test_processes_that_share_a_gpu_train_alone(refused, monkeypatch):
-    monkeypatch.setattr("w2s.processes_per_gpu", lambda: 3)
+    monkeypatch.setattr(common, "processes_per_gpu", lambda: 3)
     monkeypatch.setattr("w2s.world", lambda: common.Ranks(0, 3))
     for flags in ([], ["--weak-gpus", "1"], ["--weak-gpus", "1", "--strong-gpus", "1", "--engine", "sharded"]):
         refused(W2S, flags, ("3 processes", "--weak-gpus 1", "--strong-gpus 1", "--engine replicated"))
+    refused(TRAIN, [], ("3 processes", "one process per GPU"))
+    refused(DEBATE, ["--engine", "sharded"], ("3 processes", "--engine replicated"))
     assert not Path("out").exists()
 
 
