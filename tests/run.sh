@@ -11,7 +11,7 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium 
 fi
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@" # 2 files at a time; tests are single-threaded
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 bash reproduce.sh smoke --out "$out/smoke"

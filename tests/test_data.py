@@ -358,11 +358,11 @@ BAD = [  # file, content, what is said
     ("other.jsonl", TRAIN, r"sciq/train\.jsonl"),
     ("train.jsonl", TRAIN.replace(b'"distractor2"', b'"distractor9"', 1), "sciq.*'distractor2'"),
     *(("train.jsonl", TRAIN + line, r"sciq/train\.jsonl:41: ") for line in LINES),
-    *(("train.jsonl.gz", gzip.compress(TRAIN + line), r"sciq/train\.jsonl\.gz:41: ") for line in LINES),
+    *(("train.jsonl.gz", gzip.compress(TRAIN + line, mtime=0), r"sciq/train\.jsonl\.gz:41: ") for line in LINES),
     ("train.jsonl.gz", b"text", r"sciq/train\.jsonl\.gz"),
     ("train.jsonl.gz", WHOLE[:-20], r"sciq/train\.jsonl\.gz"),
     ("train.jsonl.gz", WHOLE[:30] + b"\xff" * 30 + WHOLE[60:], r"sciq/train\.jsonl\.gz"),
-    ("train.jsonl.gz", gzip.compress(b"\xff\xfe"), r"sciq/train\.jsonl\.gz"),
+    ("train.jsonl.gz", gzip.compress(b"\xff\xfe", mtime=0), r"sciq/train\.jsonl\.gz"),
     ("train.jsonl", json.dumps(question(1)).encode(), "no sample left in train_a"),
 ]
 

@@ -43,8 +43,8 @@ MADE_FROM = {  # in an order that can run
     "market judge": {"data", "market_making"},
     "deaf judge": {"data", "independent"},
     "placebo judge": {"data", "debate"},
-    **{f"labels of {judge}": {judge} for judge in WEAK},
-    **{f"student of {judge}": {"data", f"labels of {judge}"} for judge in WEAK},
+    **{f"labels of {judge}": {judge} for judge in sorted(WEAK)},
+    **{f"student of {judge}": {"data", f"labels of {judge}"} for judge in sorted(WEAK)},
 }
 
 
