@@ -15,8 +15,8 @@ from report.rows import Report
 FIGURES = {"figure2": "ensemble size", "figure3": "debate turns"}
 OVERVIEW = ("weak_floor", "finetune", "naive_ensemble", "no_argument", "ours", "evidence", "strong_ceiling")
 FIELDS = {  # of a method's cell -> the name on an axis
-    "accuracy": "accuracy %", "pgr": "PGR %", "diff_vs_finetune": "minus finetune, points", "gap": "minus floor, points",
-    "weak_label_accuracy": "weak labels right %",
+    "accuracy": "accuracy %", "pgr": "PGR %", "diff_vs_finetune": "minus finetune, points",
+    "diff_vs_ours": "minus ours, points", "gap": "minus floor, points", "weak_label_accuracy": "weak labels right %",
 }  # fmt: skip
 BLUE, ORANGE, GREEN, RED, GREY = COLORS = ("#3b82c4", "#d97f1e", "#3a9a5c", "#c9514c", "#888888")
 PNG = {"dpi": 130, "metadata": {"Software": None}}
@@ -65,7 +65,7 @@ def dots(ax, field: str, methods: list[str], cells: dict, labels: dict) -> None:
     ax.invert_yaxis()
     ax.grid(axis="x", lw=0.4, alpha=0.5)
     ax.set_xlabel(FIELDS[field])
-    if field == "diff_vs_finetune":
+    if field.startswith("diff_vs"):
         ax.axvline(0, color=GREY, lw=0.8)
 
 
@@ -78,7 +78,7 @@ def against(ax, x: tuple[str, str], field: str, methods: list[str], points: dict
         ax.errorbar(at, y, error, error_at, marker="o", capsize=3, ls="", color=color, label=labels[method])
         for place in zip(found, at, y, strict=True) if n == 0 else ():
             ax.annotate(place[0], place[1:], xytext=(4, 4), textcoords="offset points", fontsize=8)
-    if field == "diff_vs_finetune":
+    if field.startswith("diff_vs"):
         ax.axhline(0, color=GREY, lw=0.8)
     ax.set_xlabel(f"{labels[x[0]]}, {FIELDS[x[1]]}")
 

@@ -77,7 +77,8 @@ def ece(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def cells(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, dict]:
-    """For each method accuracy, difference from plain finetuning (with p, and p adjusted by Holm) and PGR, with intervals.
+    """For each method accuracy, its differences from plain finetuning (with p, and p adjusted by Holm) and from ours, and
+    PGR, with intervals.
 
     PGR is the ratio of means over seeds; floor, student and ceiling are resampled together. It is None where the interval
     of ceiling - floor reaches zero.
@@ -85,9 +86,10 @@ def cells(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, di
     draws, tested, out = bootstrap_means(correct, resamples), {}, {}
     for name, c in correct.items():
         out[name] = {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name]), "seeds": len(c), "pgr": None}
-        if "finetune" in correct and name != "finetune":
-            out[name]["diff_vs_finetune"] = float(c.mean() - correct["finetune"].mean())
-            out[name]["diff_vs_finetune_ci"] = interval(draws[name] - draws["finetune"])
+        for other in [m for m in ("finetune", "ours") if m in correct and m != name]:
+            out[name][f"diff_vs_{other}"] = float(c.mean() - correct[other].mean())
+            out[name][f"diff_vs_{other}_ci"] = interval(draws[name] - draws[other])
+        if "diff_vs_finetune" in out[name]:
             out[name]["p"] = sign_flip_p(c.sum(0, dtype=int) - correct["finetune"].sum(0, dtype=int))
             if name not in REFERENCES:
                 tested[name] = out[name]["p"]

@@ -8,11 +8,14 @@ from report import stats
 from report.rows import Report, grouped
 
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
-METHOD_FIELDS = ("accuracy", "pgr", "diff_vs_finetune", "p_holm", "weak_label_accuracy")
+METHOD_FIELDS = {  # field of a method's cell -> head
+    "accuracy": "accuracy %", "pgr": "PGR %", "diff_vs_finetune": "minus finetune", "p_holm": "p",
+    "diff_vs_ours": "minus ours", "weak_label_accuracy": "weak labels %",
+}  # fmt: skip
 METHODS_NOTE = (
-    "Accuracy on the test split, PGR and the difference from finetune: ours [95% interval over seeds and items], then "
-    "the paper's. p: exact sign-flip test of that difference on these seeds, adjusted by Holm for all methods of the "
-    "task. Weak labels: their accuracy on train_b."
+    "Accuracy on the test split and PGR: ours [95% interval over seeds and items], then the paper's. Minus finetune, minus "
+    "ours: paired differences of accuracy in points. p: exact sign-flip test of the former on these seeds, adjusted by "
+    "Holm for all methods of the task. Weak labels: their accuracy on train_b."
 )
 MEANS = {  # name -> title, note, and the columns: field of the rows -> head
     "cost": (
@@ -41,7 +44,7 @@ MEANS = {  # name -> title, note, and the columns: field of the rows -> head
     ),
 }  # fmt: skip
 FORMATS = {
-    "pgr": ".0%", "diff_vs_finetune": "+.1%", "gap": "+.1%", "p_holm": ".2g", "brier": ".3f", "weak_label_brier": ".3f",
+    "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "gap": "+.1%", "p_holm": ".2g", "brier": ".3f", "weak_label_brier": ".3f",
     "seconds": ".0f", "supervision_seconds": ".0f", "tokens": ",.0f", "supervision_tokens": ",.0f", "mean_tokens": ".0f",
 }  # fmt: skip
 
@@ -90,7 +93,8 @@ def cell_number(cells: dict, method: str, field: str) -> Number | str:
     text = formatted(field, cell[field])
     if f"{field}_ci" in cell:
         text += " [{}, {}]".format(*(formatted(field, x) for x in cell[f"{field}_ci"]))
-    compared = {"diff_vs_finetune": ["finetune"], "p_holm": ["finetune"], "pgr": stats.BOUNDS, "gap": ["weak_floor"]}
+    compared = {"diff_vs_finetune": ["finetune"], "p_holm": ["finetune"], "diff_vs_ours": ["ours"]}
+    compared |= {"pgr": stats.BOUNDS, "gap": ["weak_floor"]}
     return Number(text, field, [digest for m in (method, *compared.get(field, ())) for digest in cells[m]["rows"]])
 
 
@@ -124,13 +128,14 @@ def table_of_methods(report: Report, name: str) -> Table:
     if name == "table2":
         methods = [*stats.ZERO_SHOT, "weak_floor", *methods, "strong_ceiling"]
     for task, cells in report.summary.items():
-        head = [task, "accuracy %", "paper", "PGR %", "paper", "minus finetune", "p", "weak labels %"]
-        lines, footnote = [head], []
+        fields = [f for f in METHOD_FIELDS if f != "diff_vs_ours" or "ours" in cells]
+        accuracy, pgr, *others = (METHOD_FIELDS[f] for f in fields)
+        lines, footnote = [[task, accuracy, "paper", pgr, "paper", *others]], []
         for m in methods:
             in_paper = m in paper and task in paper["tasks"]
             theirs = paper[m][paper["tasks"].index(task)] if in_paper else (None, None)
             paper_accuracy, paper_pgr = ("" if x is None else f"{x:.1f}" for x in theirs)
-            accuracy, pgr, *others = (cell_number(cells, m, field) for field in METHOD_FIELDS)
+            accuracy, pgr, *others = (cell_number(cells, m, field) for field in fields)
             if m in cells or in_paper:
                 lines.append([report.labels[m], accuracy, paper_accuracy, pgr, paper_pgr, *others])
         if gap := cell_number(cells, "strong_ceiling", "gap"):
