@@ -68,7 +68,7 @@ METHODS = {
     "no_argument": Method("sides without arguments (control)", "sides", finetune_ensemble(4), ("table5",)),
     "other_debate": Method("debates of other questions (control)", "other_debate", FOUR, ("table5",)),
     "other_debate_single": Method(
-        "another question's debate, single weak model (control)", "other_debate", SINGLE, ("table5",)
+        "debate of another question, single weak model (control)", "other_debate", SINGLE, ("table5",)
     ),
     "evidence": Method("reads the evidence itself (bound)", "evidence", SINGLE, ("table5",)),
     "ensemble_2": Method("2 members", "debate", debate_ensemble(2), ("figure2:2",)),
