@@ -47,7 +47,7 @@ def panels(
         return (4.4 * len(fields), 3.6), {
             FIELDS[field]: (figures.against, figure["x"], field, methods, points, labels) for field in fields
         }
-    drawn = {label: [m for m in methods if m in cells] for label, cells in points.items()}
+    drawn = {label: [m for m in methods if fields[0] in cells.get(m, {})] for label, cells in points.items()}
     width = 0.07 * max((len(labels[m]) for found in drawn.values() for m in found), default=0)
     return (width + 3.2 * len(points), 0.9 + 0.22 * len(methods)), {
         label: (figures.dots, fields[0], found, points[label], labels) for label, found in drawn.items()
