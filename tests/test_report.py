@@ -147,6 +147,13 @@ def test_every_number_is_found_again_from_the_rows_it_names(small):
     assert min(p_holm.values()) < 0.1
 
 
+def test_the_difference_from_ours_is_a_column_where_ours_was_run(small):
+    _, report, _ = small
+    without = {"sciq": {m: cell for m, cell in report.summary["sciq"].items() if m != "ours"}}
+    heads = [tables.table_of_methods(r, "table5").parts[0][0][0] for r in (report, report._replace(summary=without))]
+    assert [head.count("minus ours") for head in heads] == [1, 0] and heads[0][:4] == heads[1][:4]
+
+
 def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
     folder, stage, labels = tmp_path / "sciq", finished(tmp_path / "sciq/predictions/x"), tmp_path / "sciq/labels"
     for name in ("test", "train_b.gold"):
