@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from common import ALONE, ROOT, InputError, Ranks, read_json, world, write_text
+from common import ALONE, ROOT, InputError, Ranks, processes_per_gpu, read_json, world, write_text
 
 
 def digest(path: Path) -> str:
@@ -246,9 +246,13 @@ def provenance() -> dict:
         except PackageNotFoundError:
             return None
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()} x{os.cpu_count()}"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()} x{os.cpu_count()}"
+    )
+    if (n := processes_per_gpu()) > 1:
+        device += f", shared by {n} processes"  # so its seconds are not those of a GPU alone
     names = ("torch", "transformers", "datasets", "triton", "numpy")
-    return {"commit": git_commit(), "versions": {n: installed(n) for n in names}, "device": gpu}
+    return {"commit": git_commit(), "versions": {n: installed(n) for n in names}, "device": device}
 
 
 def git_commit() -> str:

@@ -116,6 +116,8 @@ def tables(report: Report) -> list[Table]:
         for task, named in (debates if name == "debates" else methods).items():
             lines = [[label, *(mean_number(rows, field) for field in columns)] for label, rows in named.items()]
             parts.append(([[task, *columns.values()], *lines], []))
+        if name == "cost":
+            note += f" Seconds on {', '.join(sorted({r['device'] for r in report.rows}))}."
         if parts:
             found.append(Table(name, title, parts, note))
     return found

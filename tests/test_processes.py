@@ -12,6 +12,7 @@ from conftest import call, finish, run, start
 from safetensors.torch import load_file
 from test_robust import die_at
 
+import stages
 import w2s
 from common import Ranks, read_jsonl, world, write_jsonl
 from data.models import builtin_folder
@@ -29,6 +30,13 @@ def make_stages(folder: Path) -> None:
     stages = [Stage(folder / f"shared{shared}", {}, {}, make, on_all_ranks=shared) for shared in (False, True)]
     made = [stage.run(world()) for stage in stages for _ in range(2)]
     (folder / f"made{rank}.json").write_text(json.dumps(made))
+
+
+def test_a_manifest_says_how_many_processes_shared_the_gpu(monkeypatch):
+    for processes in (1, 4):
+        monkeypatch.setattr(stages, "processes_per_gpu", lambda n=processes: n)
+        device = stages.provenance.__wrapped__()["device"]
+        assert device.endswith(", shared by 4 processes") == (processes == 4) and device.startswith("cpu ")
 
 
 def test_a_stage_is_made_by_one_rank_or_shared_by_all(tmp_path):
