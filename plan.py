@@ -262,7 +262,8 @@ LEGEND = """
 hours: tokens read x 2 N / (GPUs that read x reading); steps x seconds per step / runs or batches at once. Every turn is as long
 as it may be. A decode step takes the longest of (weights + keys and values) / bandwidth, rows x 2 N / reading, layers x
 launches; an optimizer step the longer of batch x tokens x 6 N (4 N of a frozen model with adapters; 2 N more with
-recomputation) / (group x training) and, sharded, two gathers and a float32 reduction / link, or what adapters send."""
+recomputation) / (group x training) and, sharded, two gathers and a float32 reduction / link, or what adapters send.
+What two tasks have in common, such as floor and ceiling on the same samples, is made once and counted in both."""
 
 
 def show(experiments: list) -> None:
