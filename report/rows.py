@@ -201,7 +201,6 @@ def summarize(scores: list[tuple[dict, dict[str, np.ndarray]]]) -> dict[str, dic
             constant = any(r["frac_pred_1"] in (0, 1) for r in of)
             summary[task][m] |= {"n": of[0]["n"], "rows": [r["digest"] for r in of], "constant": constant}
         weak = answers(methods, "weak_label_accuracy")
-        for m, draws in stats.bootstrap_means(weak).items() if weak else ():
-            cell = {"weak_label_accuracy": float(weak[m].mean()), "weak_label_accuracy_ci": stats.interval(draws)}
-            summary[task][m] |= cell
+        for m, cell in stats.compared(weak, stats.bootstrap_means(weak)).items() if weak else ():
+            summary[task][m] |= {f"weak_label_{field}": value for field, value in cell.items()}
     return summary

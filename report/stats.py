@@ -76,6 +76,16 @@ def ece(probs: np.ndarray, labels: np.ndarray) -> float:
     return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in reliability(probs, labels)) / len(labels)
 
 
+def compared(correct: dict[str, np.ndarray], draws: dict[str, np.ndarray]) -> dict[str, dict]:
+    """For each method accuracy and its differences from plain finetuning and from ours, with intervals."""
+    out = {name: {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name])} for name, c in correct.items()}
+    for other in [m for m in ("finetune", "ours") if m in correct]:
+        for name in correct.keys() - {other}:
+            out[name][f"diff_vs_{other}"] = float(correct[name].mean() - correct[other].mean())
+            out[name][f"diff_vs_{other}_ci"] = interval(draws[name] - draws[other])
+    return out
+
+
 def cells(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, dict]:
     """For each method accuracy, its differences from plain finetuning (with p, and p adjusted by Holm) and from ours, and
     PGR, with intervals.
@@ -83,12 +93,10 @@ def cells(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, di
     PGR is the ratio of means over seeds; floor, student and ceiling are resampled together. It is None where the interval
     of ceiling - floor reaches zero.
     """
-    draws, tested, out = bootstrap_means(correct, resamples), {}, {}
+    draws = bootstrap_means(correct, resamples)
+    out, tested = compared(correct, draws), {}
     for name, c in correct.items():
-        out[name] = {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name]), "seeds": len(c), "pgr": None}
-        for other in [m for m in ("finetune", "ours") if m in correct and m != name]:
-            out[name][f"diff_vs_{other}"] = float(c.mean() - correct[other].mean())
-            out[name][f"diff_vs_{other}_ci"] = interval(draws[name] - draws[other])
+        out[name] |= {"seeds": len(c), "pgr": None}
         if "diff_vs_finetune" in out[name]:
             out[name]["p"] = sign_flip_p(c.sum(0, dtype=int) - correct["finetune"].sum(0, dtype=int))
             if name not in REFERENCES:

@@ -44,7 +44,8 @@ MEANS = {  # name -> title, note, and the columns: field of the rows -> head
     ),
 }  # fmt: skip
 FORMATS = {
-    "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "gap": "+.1%", "p_holm": ".2g", "brier": ".3f", "weak_label_brier": ".3f",
+    "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_ours": "+.1%", "gap": "+.1%",
+    "p_holm": ".2g", "brier": ".3f", "weak_label_brier": ".3f",
     "seconds": ".0f", "supervision_seconds": ".0f", "tokens": ",.0f", "supervision_tokens": ",.0f", "mean_tokens": ".0f",
 }  # fmt: skip
 
@@ -93,8 +94,11 @@ def cell_number(cells: dict, method: str, field: str) -> Number | str:
     text = formatted(field, cell[field])
     if f"{field}_ci" in cell:
         text += " [{}, {}]".format(*(formatted(field, x) for x in cell[f"{field}_ci"]))
-    compared = {"diff_vs_finetune": ["finetune"], "p_holm": ["finetune"], "diff_vs_ours": ["ours"]}
-    compared |= {"pgr": stats.BOUNDS, "gap": ["weak_floor"]}
+    compared = dict.fromkeys(("diff_vs_finetune", "p_holm"), ["finetune"]) | {
+        "pgr": stats.BOUNDS,
+        "gap": ["weak_floor"],
+    }
+    compared |= dict.fromkeys(("diff_vs_ours", "weak_label_diff_vs_ours"), ["ours"])
     return Number(text, field, [digest for m in (method, *compared.get(field, ())) for digest in cells[m]["rows"]])
 
 

@@ -155,6 +155,17 @@ def test_the_difference_from_ours_is_a_column_where_ours_was_run(small):
     assert [head.count("minus ours") for head in heads] == [1, 0] and heads[0][:4] == heads[1][:4]
 
 
+def test_weak_labels_are_compared_with_those_of_ours(small):
+    _, report, _ = small
+    cells, mean = report.summary["sciq"], {}
+    for m in ("finetune", "ours"):
+        mean[m] = np.mean([r["weak_label_accuracy"] for r in report.rows if r["method"] == m])
+    lead = mean["finetune"] - mean["ours"]
+    assert cells["finetune"]["weak_label_diff_vs_ours"] == pytest.approx(lead) and lead != 0
+    low, high = cells["finetune"]["weak_label_diff_vs_ours_ci"]
+    assert low < lead < high and "weak_label_diff_vs_ours" not in cells["ours"]
+
+
 def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
     folder, stage, labels = tmp_path / "sciq", finished(tmp_path / "sciq/predictions/x"), tmp_path / "sciq/labels"
     for name in ("test", "train_b.gold"):
