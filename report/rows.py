@@ -47,8 +47,8 @@ class Report(NamedTuple):
 def collect(out: Path, runs: list[Reported], labels: dict[str, str], shown: dict[str, tuple[str, ...]]) -> Report:
     """The report of those of `runs` that are finished, from the files in `out`. Raises InputError where none is."""
     stale = {run.stage.folder: is_stale(run.stage) for run in runs}
-    scores = [result_row(out, run) for run in runs if stale[run.stage.folder] is not None]
-    if not scores:
+    rows = [result_row(out, run) for run in runs if stale[run.stage.folder] is not None]
+    if not rows:
         raise InputError(f"--out {out}: nothing is finished there yet; start with `python w2s.py run`")
     floors, debates = {(r.task, r.seed): r.stage.folder for r in runs if r.method == "weak_floor"}, []
     for run in runs:
@@ -60,8 +60,7 @@ def collect(out: Path, runs: list[Reported], labels: dict[str, str], shown: dict
                 if stale[judge.folder] is not None:
                     seeds = {"debate_seed": debate_seed, "finetune_seed": finetune_seed, "seed": run.seed}
                     debates.append(debate_row(out, run, seeds, transcripts, floor, judge.folder / "train_b.jsonl"))
-    rows, n_stale = [row for row, _ in scores], sum(map(bool, stale.values()))
-    return Report(out, rows, debates, summarize(scores), labels, shown, n_stale)
+    return Report(out, rows, debates, summarize(rows), labels, shown, sum(map(bool, stale.values())))
 
 
 def saved(out: Path, labels: dict[str, str], shown: dict[str, tuple[str, ...]]) -> Report:
@@ -84,30 +83,30 @@ def is_stale(stage: Stage) -> bool | None:
     return stage.state()[0] is State.STALE
 
 
-def result_row(out: Path, run: Reported) -> tuple[dict, dict[str, np.ndarray]]:
-    """How a run does on the test split and what it cost, and field -> which answers are right [N]. Reads train_b's gold labels.
+def result_row(out: Path, run: Reported) -> dict:
+    """How a run does on the test split, and what it cost. Reads train_b's gold labels.
 
     For a student also how good its weak labels were, and on train_b how often it is wrong where its label was wrong (error
-    inheritance), right there (correction), and wrong where its label was right (new errors).
+    inheritance), right there (correction), and wrong where its label was right (new errors). `right` says which test
+    items it gets right, `weak_label_right` which labels of train_b are (see `answers`), so that rows can be compared in pairs.
     """
     data, manifest = out / run.task / "data", read_manifest(run.stage.folder)
     probs, labels = scored(run.stage.folder / "test.jsonl", data / "test.jsonl")
-    right = {"accuracy": probs.argmax(1) == labels}
     row = {
         "task": run.task, "method": run.method, "seed": run.seed, **quality(probs, labels),
-        "correct": int(right["accuracy"].sum()), "n": len(labels), "loss": manifest["config"]["loss"],
+        "correct": int((probs.argmax(1) == labels).sum()), "loss": manifest["config"]["loss"],
+        "items": digest({"ids": [r["id"] for r in read_jsonl(data / "test.jsonl")]}),
     }  # fmt: skip
     if run.weak_labels:
         weak, labels = scored(run.weak_labels / "train_b.jsonl", data / "train_b.gold.jsonl")
         student, _ = scored(run.stage.folder / "train_b.jsonl", data / "train_b.gold.jsonl")
         row |= {f"weak_label_{k}": v for k, v in quality(weak, labels).items()} | supervision_cost(out, run)
         wrong, label_wrong = student.argmax(1) != labels, weak.argmax(1) != labels
-        right["weak_label_accuracy"] = ~label_wrong
         row |= {"error_inheritance": mean(wrong[label_wrong]), "correction": mean(~wrong[label_wrong])}
         row["new_errors"] = mean(wrong[~label_wrong])
     row |= origin(manifest) | {"tokens": manifest.get("train_tokens", 0)}
     row["predictions"] = str((run.stage.folder / "test.jsonl").relative_to(out))
-    return row | {"digest": digest(row)}, right
+    return row | {"digest": digest(row)}
 
 
 def supervision_cost(out: Path, run: Reported) -> dict:
@@ -158,9 +157,19 @@ def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quality(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, calibration, and how often class 1 is predicted: 0 or 1 is a constant prediction."""
-    calibration = {"brier": round(stats.brier(probs, labels), 6), "ece": round(stats.ece(probs, labels), 6)}
-    return {"accuracy": mean(probs.argmax(1) == labels), **calibration, "frac_pred_1": mean(probs.argmax(1))}
+    """Accuracy, calibration, how often class 1 is predicted (0 or 1 is a constant prediction), and which answers are right."""
+    right = probs.argmax(1) == labels
+    return {
+        "accuracy": mean(right), "brier": round(stats.brier(probs, labels), 6), "ece": round(stats.ece(probs, labels), 6),
+        "frac_pred_1": mean(probs.argmax(1)), "n": len(labels), "right": np.packbits(right).tobytes().hex(),
+    }  # fmt: skip
+
+
+def answers(rows: list[dict], part: str = "") -> np.ndarray:
+    """Which test items the runs of `rows` get right [S, N], in the order of seeds; part "weak_label_": which labels are."""
+    rows = sorted(rows, key=lambda r: r["seed"])
+    bits = [np.frombuffer(bytes.fromhex(r[f"{part}right"]), np.uint8) for r in rows]
+    return np.stack([np.unpackbits(b, count=r[f"{part}n"]) for b, r in zip(bits, rows, strict=True)]).astype(bool)
 
 
 def mean(values: np.ndarray) -> float | None:
@@ -185,22 +194,17 @@ def grouped(rows: list[dict], name: Callable[[dict], str]) -> dict[str, dict[str
     return groups
 
 
-def summarize(scores: list[tuple[dict, dict[str, np.ndarray]]]) -> dict[str, dict]:
+def summarize(rows: list[dict]) -> dict[str, dict]:
     """task -> method -> stats.cells of every method that has all seeds, with its weak labels and its rows' digests."""
-    rows, right = [row for row, _ in scores], {row["digest"]: answers for row, answers in scores}
     seeds, summary = sorted({row["seed"] for row in rows}), {}
-
-    def answers(methods: dict[str, list[dict]], field: str) -> dict[str, np.ndarray]:
-        return {m: np.stack([right[r["digest"]][field] for r in of]) for m, of in methods.items() if field in of[0]}
-
     for task, methods in grouped(sorted(rows, key=lambda r: r["seed"]), lambda r: r["method"]).items():
         methods = {m: of for m, of in methods.items() if [r["seed"] for r in of] == seeds}
         if methods:
-            summary[task] = stats.cells(answers(methods, "accuracy"))
+            summary[task] = stats.cells({m: answers(of) for m, of in methods.items()})
         for m, of in methods.items():
             constant = any(r["frac_pred_1"] in (0, 1) for r in of)
             summary[task][m] |= {"n": of[0]["n"], "rows": [r["digest"] for r in of], "constant": constant}
-        weak = answers(methods, "weak_label_accuracy")
+        weak = {m: answers(of, "weak_label_") for m, of in methods.items() if "weak_label_right" in of[0]}
         for m, cell in stats.compared(weak, stats.bootstrap_means(weak)).items() if weak else ():
             summary[task][m] |= {f"weak_label_{field}": value for field, value in cell.items()}
     return summary

@@ -86,6 +86,13 @@ def compared(correct: dict[str, np.ndarray], draws: dict[str, np.ndarray]) -> di
     return out
 
 
+def difference_in_differences(own: dict[str, np.ndarray], other: dict[str, np.ndarray], method: str) -> dict:
+    """By how much the lead of `method` over plain finetuning differs between two runs on the same seeds and items, paired."""
+    leads = [c[method].mean() - c["finetune"].mean() for c in (own, other)]
+    draws = [d[method] - d["finetune"] for d in map(bootstrap_means, (own, other))]  # the same seeds and items in both
+    return {"lead_beyond": float(leads[0] - leads[1]), "lead_beyond_ci": interval(draws[0] - draws[1])}
+
+
 def cells(correct: dict[str, np.ndarray], resamples: int = 2000) -> dict[str, dict]:
     """For each method accuracy, its differences from plain finetuning (with p, and p adjusted by Holm) and from ours, and
     PGR, with intervals.

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from common import InputError, print0, read_json, write_text
-from report import figures
+from report import figures, stats
 from report.figures import FIELDS
 from report.page import redraw
-from report.rows import saved
+from report.rows import answers, grouped, saved
 from report.tables import Table, cell_number
 
 
@@ -15,13 +15,14 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
 
     study.json maps a figure's name to `title`, `note`, `points` (label -> "RUN/TASK", a task of the run kept in the folder
     RUN), `methods`, `panels` (fields of a method's cell) and `x`, the method and field on the horizontal axis; without `x`
-    there is a panel per point, a line per method. Raises InputError where a run or a task is not there.
+    there is a panel per point, a line per method. With `against`, a point, the table also says by how much the leads over
+    plain finetuning differ from those of that point. Raises InputError where a run or a task is not there.
     """
     file, reports, texts = folder / "study.json", {}, []
     if not (study := read_json(file)):
         raise InputError(f"{file}: no figures there, or not JSON")
     for name, figure in study.items():
-        points = {}
+        points, rows = {}, {}
         try:
             for label, where in figure["points"].items():
                 run, _, task = where.partition("/")
@@ -29,6 +30,9 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
                     reports[run] = saved(folder / run, labels, shown)
                     redraw(reports[run], folder / run)
                 points[label] = reports[run].summary[task]
+                rows[label] = grouped(reports[run].rows, lambda r: r["method"])[task]
+            if "against" in figure:
+                compare(figure, points, rows)
             texts.append(table(figure, points, labels).markdown())
             figures.draw(*panels(figure, points, labels)).savefig(folder / f"{name}.png", **figures.PNG)
         except KeyError as e:
@@ -36,6 +40,18 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
         print0(f"wrote {folder / name}.png")
     write_text(folder / "study.md", "\n".join(texts))
     print0("\n".join([*texts, f"wrote {folder / 'study.md'}"]))
+
+
+def compare(figure: dict, points: dict[str, dict], rows: dict[str, dict[str, list[dict]]]) -> None:
+    """Add to the cells of each point how its leads differ from those of the point `against`, from the rows of both."""
+    reference = rows[figure["against"]]
+    for label, method in [(p, m) for p in points if p != figure["against"] for m in figure["methods"]]:
+        runs = [{m: named[m] for m in ("finetune", method)} for named in (rows[label], reference)]
+        tested = [[(r["seed"], r["items"]) for of in run.values() for r in of] for run in runs]
+        if tested[0] != tested[1]:
+            raise InputError(f"{label}: other seeds or test items than {figure['against']}, so no paired difference")
+        correct = [{m: answers(of) for m, of in run.items()} for run in runs]
+        points[label][method] |= stats.difference_in_differences(*correct, method)
 
 
 def panels(
@@ -58,6 +74,9 @@ def table(figure: dict, points: dict[str, dict], labels: dict[str, str]) -> Tabl
     """A line per point and method: x, then the method's fields with their intervals."""
     columns = [*([figure["x"]] if "x" in figure else []), *((None, field) for field in figure["panels"])]
     heads = ["", "", *(f"{labels[m]}, {FIELDS[field]}" if m else FIELDS[field] for m, field in columns)]
+    if "against" in figure:
+        columns.append((None, "lead_beyond"))
+        heads.append(f"minus finetune, less that of {figure['against']}")
     names = {method: labels[method] for method in figure["methods"]}
     lines = [
         [label, name, *(cell_number(cells, m or method, field) for m, field in columns)]

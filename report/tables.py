@@ -44,7 +44,8 @@ MEANS = {  # name -> title, note, and the columns: field of the rows -> head
     ),
 }  # fmt: skip
 FORMATS = {
-    "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_ours": "+.1%", "gap": "+.1%",
+    "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_ours": "+.1%",
+    "lead_beyond": "+.1%", "gap": "+.1%",
     "p_holm": ".2g", "brier": ".3f", "weak_label_brier": ".3f",
     "seconds": ".0f", "supervision_seconds": ".0f", "tokens": ",.0f", "supervision_tokens": ",.0f", "mean_tokens": ".0f",
 }  # fmt: skip

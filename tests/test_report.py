@@ -12,7 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from common import InputError, read_jsonl, write_jsonl, write_text
 from report import page, stats, tables
 from report.figures import points_of
-from report.rows import Report, Reported, collect, result_row
+from report.rows import Report, Reported, answers, collect, result_row
 from stages import Stage
 from w2s import LABELS, METHODS, SHOWN
 
@@ -173,13 +173,15 @@ def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
     write_predictions(labels / "train_b.jsonl", [0.75, 0.25, 0.25, 0.75])  # right, wrong, right, wrong
     write_predictions(stage.folder / "train_b.jsonl", [0.75, 0.25, 0.75, 0.75])  # agrees, agrees, does not, agrees
     write_predictions(stage.folder / "test.jsonl", [0.75] * 4)
-    row, _ = result_row(tmp_path, Reported("sciq", "ours", 0, stage, labels))
+    row = result_row(tmp_path, Reported("sciq", "ours", 0, stage, labels))
     wanted = {
         "accuracy": 0.5, "correct": 2, "n": 4, "brier": (0.0625 + 0.5625) / 2, "ece": 0.25, "frac_pred_1": 1,
         "weak_label_accuracy": 0.5, "weak_label_frac_pred_1": 0.5, "error_inheritance": 1.0, "correction": 0.0, "new_errors": 0.5,
     }  # fmt: skip
     assert {k: row[k] for k in wanted} == pytest.approx(wanted)
     assert row["predictions"] == "sciq/predictions/x/test.jsonl"
+    assert answers([row]).tolist() == [[True, True, False, False]]
+    assert answers([row], "weak_label_").tolist() == [[True, False, True, False]]
 
 
 def test_what_debates_did_is_counted_right(small):
@@ -266,6 +268,38 @@ def test_a_study_is_drawn_across_runs(tmp_path, capsys):
         assert "study.json: gap: there is no '" in capsys.readouterr().err
     write_text(tmp_path / "study.json", "{")
     assert run("w2s", "redraw", "--out", tmp_path) == 2 and "study.json: no figures" in capsys.readouterr().err
+
+
+def test_leads_of_two_runs_are_compared_in_pairs(tmp_path, capsys):
+    for name in ("none", "passage", "copy"):
+        runs = fake_runs(tmp_path / name)
+        for run_ in runs if name == "passage" else ():  # finetune is the same, ours better by three items in each seed
+            if run_.method == "ours":
+                better(run_.stage.folder / "test.jsonl", tmp_path / name / "sciq/data/test.jsonl", 3)
+        page.write(collect(tmp_path / name, runs, LABELS, SHOWN), tmp_path / name)
+    figure = {"title": "Who", "note": "", "methods": ["ours"], "panels": ["accuracy"], "against": "none"}
+    figure["points"] = {name: f"{name}/sciq" for name in ("passage", "copy", "none")}
+    write_text(tmp_path / "study.json", json.dumps({"who": figure}))
+    assert run("w2s", "redraw", "--out", tmp_path) == 0
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "study.md").read_text().splitlines()
+    ]
+    heads, _, passage, copy, none = [line for line in lines if line]
+    assert heads[-1] == "minus finetune, less that of none" and none[-1] == ""
+    assert copy[-1] == "+0.0 [+0.0, +0.0]" and re.match(r"\+7\.5 \[\+\d", passage[-1])  # 3 of 40 items
+    rows = read_jsonl(tmp_path / "none/results.jsonl")
+    write_jsonl(tmp_path / "none/results.jsonl", [r | {"items": "others"} for r in rows])
+    assert run("w2s", "redraw", "--out", tmp_path) == 2
+    assert "passage: other seeds or test items than none" in capsys.readouterr().err
+
+
+def better(predictions, gold, n: int) -> None:
+    """Turn the first `n` wrong answers right."""
+    rows, labels = read_jsonl(predictions), [r["label"] for r in read_jsonl(gold)]
+    wrong = [r for r, y in zip(rows, labels, strict=True) if (r["probs"][1] > 0.5) != y]
+    for r in wrong[:n]:
+        r["probs"].reverse()
+    write_jsonl(predictions, rows)
 
 
 def test_the_page_asks_for_nothing_and_can_be_read_without_a_script(small):
