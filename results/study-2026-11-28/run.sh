@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The runs behind this folder, from the data to the tables:   bash results/study-2026-11-28/run.sh DATA OUT [PART ...]
 #
-#   sciq       SciQ with evidence: ours, one judge, one turn, other protocols, controls, the bound, other losses
-#   knowledge  debaters who hold the passage of another question, none, or half of it (half: not in this folder yet)
+#   sciq       SciQ with evidence: ours, one judge, one turn, other protocols, ensembles, controls, the bound, other losses
+#   knowledge  debaters who hold the passage, half of it, that of another question, or none
 #   gap-N      the weak model is the strong one's first N blocks (here 3 and 12)
 #
 # DATA/sciq/{train,test}.jsonl.gz: rows of allenai/sciq in the hub's fields. Those behind this folder were 3,534 of the training
@@ -41,8 +41,8 @@ take() { # part, what it takes over of sciq's stages
 for part in ${@:-sciq knowledge gap-3 gap-12}; do
   case $part in
     sciq)
-      run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 consultancy_single independent_single \
-        other_debate_single no_argument naive_ensemble evidence" --tasks sciq_evidence
+      run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 consultancy consultancy_single \
+        independent_single other_debate_single finetune_ensembles no_argument naive_ensemble evidence" --tasks sciq_evidence
       ;;
     knowledge)
       take $part 'weak-naive-f0-s?' 'weak-debate-d0-t3-f0-s?' 'strong-ceiling-s?' 'strong-finetune-s?' 'zero-shot-*'
