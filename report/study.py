@@ -29,7 +29,7 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
                 if run not in reports:
                     reports[run] = saved(folder / run, labels, shown)
                     redraw(reports[run], folder / run)
-                points[label] = reports[run].summary[task]
+                points[label] = {method: {**cell} for method, cell in reports[run].summary[task].items()}
                 rows[label] = grouped(reports[run].rows, lambda r: r["method"])[task]
             if "against" in figure:
                 compare(figure, points, rows)
@@ -43,13 +43,15 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
 
 
 def compare(figure: dict, points: dict[str, dict], rows: dict[str, dict[str, list[dict]]]) -> None:
-    """Add to the cells of each point how its leads differ from those of the point `against`, from the rows of both."""
-    reference = rows[figure["against"]]
-    for label, method in [(p, m) for p in points if p != figure["against"] for m in figure["methods"]]:
-        runs = [{m: named[m] for m in ("finetune", method)} for named in (rows[label], reference)]
-        tested = [[(r["seed"], r["items"]) for of in run.values() for r in of] for run in runs]
+    """Add to the cells of each point how its leads differ from those of the point `against`, where both have the method."""
+    reference = figure["against"]
+    for label, method in [(p, m) for p in points if p != reference for m in figure["methods"]]:
+        runs = [{m: rows[p][m] for m in ("finetune", method)} for p in (label, reference) if method in points[p]]
+        if len(runs) < 2:
+            continue
+        tested = [{(r["seed"], r["items"]) for of in run.values() for r in of} for run in runs]
         if tested[0] != tested[1]:
-            raise InputError(f"{label}: other seeds or test items than {figure['against']}, so no paired difference")
+            raise InputError(f"{label}: other seeds or test items than {reference}, so no paired difference")
         correct = [{m: answers(of) for m, of in run.items()} for run in runs]
         points[label][method] |= stats.difference_in_differences(*correct, method)
 
