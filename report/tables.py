@@ -111,7 +111,7 @@ def mean_number(rows: list[dict], field: str) -> Number | str:
 
 def tables(report: Report) -> list[Table]:
     """The paper's tables, then cost, calibration, and what the debates did."""
-    found = [table_of_methods(report, name) for name in TABLES]
+    found = [table for name in TABLES if (table := table_of_methods(report, name)).parts]
     methods = grouped(report.rows, lambda r: report.labels[r["method"]])
     debates = grouped(report.debates, lambda r: f"{r['protocol'].replace('_', '-')}, {r['turns']} turns")
     for name, (title, note, columns) in MEANS.items():
@@ -149,24 +149,28 @@ def table_of_methods(report: Report, name: str) -> Table:
             footnote = [f"Seeds: {ceiling['seeds']}. Ceiling minus floor ", gap, end]
         if constant := [report.labels[m] for m in methods if cells.get(m, {}).get("constant")]:
             footnote.append(f" The same answer to every test item, in at least one seed: {', '.join(constant)}.")
-        parts.append((lines, footnote))
+        if lines[1:]:
+            parts.append((lines, footnote))
     return Table(name, TABLES[name], parts, METHODS_NOTE)
 
 
 def verdict(task: str, cells: dict) -> list:
-    """Did debate help? A sentence of text and Numbers, decided by the interval of ours minus finetune."""
-    ours = cells.get("ours", {})
-    if "diff_vs_finetune" not in ours:
-        return [f"{task}: no answer, because ours and finetune were not both run."]
-    low, high = ours["diff_vs_finetune_ci"]
+    """Did debate help? A sentence of text and Numbers, decided by the interval of ours minus finetune, or of a single judge's."""
+    debate = next((m for m in ("ours", "single") if "diff_vs_finetune" in cells.get(m, {})), None)
+    if not debate:
+        return [f"{task}: no answer, because neither ours nor single was run beside finetune."]
+    low, high = cells[debate]["diff_vs_finetune_ci"]
     answer = "yes" if low > 0 else "no, it hurt" if high < 0 else "not shown, the interval holds zero"
-    difference = cell_number(cells, "ours", "diff_vs_finetune")
-    sentence = [f"{task}: {answer}. Ours minus finetune is ", difference, " points of test accuracy"]
-    if ours["pgr"] is not None:
-        sentence += ["; PGR is ", cell_number(cells, "ours", "pgr"), " %"]
+    who, difference = (
+        {"ours": "Ours", "single": "A single judge"}[debate],
+        cell_number(cells, debate, "diff_vs_finetune"),
+    )
+    sentence = [f"{task}: {answer}. {who} minus finetune is ", difference, " points of test accuracy"]
+    if cells[debate]["pgr"] is not None:
+        sentence += ["; PGR is ", cell_number(cells, debate, "pgr"), " %"]
     elif gap := cell_number(cells, "strong_ceiling", "gap"):
         sentence += ["; PGR is blank, because the ceiling's lead over the floor, ", gap, ", is not clear of zero"]
-    return [*sentence, f" ({ours['seeds']} seeds, {ours['n']} test items)."]
+    return [*sentence, f" ({cells[debate]['seeds']} seeds, {cells[debate]['n']} test items)."]
 
 
 CARD = """---

@@ -167,6 +167,18 @@ def test_weak_labels_are_compared_with_those_of_ours(small):
     assert low < lead < high and "weak_label_diff_vs_ours" not in cells["ours"]
 
 
+def test_a_table_without_rows_is_left_out(small):
+    _, report, _ = small
+    cells = report.summary["sciq"]
+    for task, methods, left_out in (
+        ("sciq", cells, set()), ("sciq", {"finetune"}, set()),  # the paper's rows are shown beside nothing too
+        ("sciq_evidence", {"finetune"}, {"table4", "table5"}), ("sciq_evidence", {"finetune", "naive_ensemble"}, {"table4"}),
+    ):  # fmt: skip
+        summary = {task: {m: cells[m] for m in cells if m in {*methods, *stats.REFERENCES}}}
+        names = {t.name for t in tables.tables(report._replace(summary=summary))}
+        assert {"table2", "table4", "table5"} - names == left_out
+
+
 def test_a_row_says_how_good_it_is_and_what_it_imitates(tmp_path):
     folder, stage, labels = tmp_path / "sciq", finished(tmp_path / "sciq/predictions/x"), tmp_path / "sciq/labels"
     for name in ("test", "train_b.gold"):
@@ -341,10 +353,12 @@ def test_the_verdict_is_what_the_interval_says():
         return {"ours": ours, "strong_ceiling": ceiling} | dict.fromkeys(("finetune", "weak_floor"), {"rows": ["b"]})
 
     summary = {"a": cells(0.01, 0.11, 0.5), "b": cells(-0.01, 0.1), "c": cells(-0.2, -0.1), "d": {"finetune": {}}}
-    a, b, c, d = (tables.joined(tables.verdict(*of)) for of in summary.items())
+    summary["e"] = {"single" if m == "ours" else m: cell for m, cell in summary["a"].items()}
+    a, b, c, d, e = (tables.joined(tables.verdict(*of)) for of in summary.items())
     assert a.startswith("a: yes. ") and "+6.0 [+1.0, +11.0]" in a and "PGR is 50 [20, 80] %" in a and "2 seeds, 99" in a
     assert b.startswith("b: not shown") and "+2.0 [-1.0, +5.0], is not clear of zero" in b
     assert c.startswith("c: no, it hurt. ") and d.startswith("d: no answer")
+    assert e == a.replace("a: ", "e: ").replace("Ours minus", "A single judge minus")
 
 
 # ---- in a browser ----
