@@ -156,7 +156,7 @@ def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array([r["probs"] for r in rows]), np.array([r["label"] for r in labels])
 
 
-def quality(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def quality(probs: np.ndarray, labels: np.ndarray) -> dict:
     """Accuracy, calibration, how often class 1 is predicted (0 or 1 is a constant prediction), and which answers are right."""
     right = probs.argmax(1) == labels
     return {
@@ -167,9 +167,12 @@ def quality(probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 def answers(rows: list[dict], part: str = "") -> np.ndarray:
     """Which test items the runs of `rows` get right [S, N], in the order of seeds; part "weak_label_": which labels are."""
-    rows = sorted(rows, key=lambda r: r["seed"])
-    bits = [np.frombuffer(bytes.fromhex(r[f"{part}right"]), np.uint8) for r in rows]
-    return np.stack([np.unpackbits(b, count=r[f"{part}n"]) for b, r in zip(bits, rows, strict=True)]).astype(bool)
+
+    def right(row: dict) -> np.ndarray:
+        bits = np.frombuffer(bytes.fromhex(row[f"{part}right"]), np.uint8)
+        return np.unpackbits(bits, count=row[f"{part}n"]).astype(bool)
+
+    return np.stack([right(row) for row in sorted(rows, key=lambda r: r["seed"])])
 
 
 def mean(values: np.ndarray) -> float | None:
