@@ -43,6 +43,7 @@ fi
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 processes=${PROCESSES:-$gpus}
 if [ "$gpus" = 0 ]; then
+  export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 # glibc keeps freed memory for the next step: 10% faster
   cores=$(env -u OMP_NUM_THREADS nproc)
   if [ "$preset" = tiny ] && [ "$cores" -gt 1 ]; then # two runs side by side are 1.3 times as fast
     processes=${PROCESSES:-2}
