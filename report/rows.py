@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +125,8 @@ def supervision_cost(out: Path, run: Reported) -> dict:
 def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: Path, predictions: Path) -> dict:
     """How often a judge is right about the debates of train_b, and how it differs from the weak floor, which reads none.
 
-    Lengths are in tokens of the debater; the quarters are of equal size, the shortest transcripts first.
+    Lengths are in tokens of the debater; the quarters are of equal size, the shortest transcripts first. `right` says which
+    samples it gets right.
     """
     gold = out / run.task / "data/train_b.gold.jsonl"
     paths = {"transcripts": transcripts, "before": floor, "predictions": predictions}
@@ -137,7 +138,7 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
     row = {
         "task": run.task, "protocol": run.reads, "turns": run.turns, **seeds, "sides": run.sides,
         **origin(read_manifest(predictions.parent)), **{name: str(p.relative_to(out)) for name, p in paths.items()},
-        "n": len(labels), "judge_accuracy": mean(right), "first_speaker_wins": mean(answer == first),
+        "n": len(labels), "right": packed(right), "judge_accuracy": mean(right), "first_speaker_wins": mean(answer == first),
         "changed": mean(changed), "to_right": mean(changed & right), "to_wrong": mean(changed & ~right),
     }  # fmt: skip
     for n, quarter in enumerate(np.array_split(np.argsort(length, kind="stable"), 4), 1):
@@ -161,8 +162,13 @@ def quality(probs: np.ndarray, labels: np.ndarray) -> dict:
     right = probs.argmax(1) == labels
     return {
         "accuracy": mean(right), "brier": round(stats.brier(probs, labels), 6), "ece": round(stats.ece(probs, labels), 6),
-        "frac_pred_1": mean(probs.argmax(1)), "n": len(labels), "right": np.packbits(right).tobytes().hex(),
+        "frac_pred_1": mean(probs.argmax(1)), "n": len(labels), "right": packed(right),
     }  # fmt: skip
+
+
+def packed(right: np.ndarray) -> str:
+    """Booleans as hexadecimal digits; `answers` reads them."""
+    return np.packbits(right).tobytes().hex()
 
 
 def answers(rows: list[dict], part: str = "") -> np.ndarray:
@@ -189,12 +195,17 @@ def digest(row: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def grouped(rows: list[dict], name: Callable[[dict], str]) -> dict[str, dict[str, list[dict]]]:
-    """task -> name -> rows."""
-    groups: dict[str, dict[str, list[dict]]] = {}
+def by(rows: list[dict], name: Callable[[dict], Hashable]) -> dict[Hashable, list[dict]]:
+    """name -> rows."""
+    groups: dict[Hashable, list[dict]] = {}
     for row in rows:
-        groups.setdefault(row["task"], {}).setdefault(name(row), []).append(row)
+        groups.setdefault(name(row), []).append(row)
     return groups
+
+
+def grouped(rows: list[dict], name: Callable[[dict], Hashable]) -> dict[str, dict[Hashable, list[dict]]]:
+    """task -> name -> rows."""
+    return {task: by(of, name) for task, of in by(rows, lambda r: r["task"]).items()}
 
 
 def summarize(rows: list[dict]) -> dict[str, dict]:
@@ -211,3 +222,16 @@ def summarize(rows: list[dict]) -> dict[str, dict]:
         for m, cell in stats.compared(weak, stats.bootstrap_means(weak)).items() if weak else ():
             summary[task][m] |= {f"weak_label_{field}": value for field, value in cell.items()}
     return summary
+
+
+def judged(rows: list[dict]) -> dict[tuple[str, int], dict]:
+    """(protocol, turns) -> stats.judges' cell, from a task's rows of judges; none for rows of before `right` was written, and
+    where a set of debates lacks a seed."""
+    correct, every = {}, sorted({r["seed"] for r in rows})
+    for (protocol, turns), of in by(rows, lambda r: (r["protocol"], r["turns"])).items():
+        sets = by(of, lambda r: r["debate_seed"]).values()
+        seeds = [by(of_set, lambda r: r["seed"]) for of_set in sets]
+        if all("right" in r for r in of) and all(sorted(s) == every for s in seeds):
+            # where several judges differ in the finetuning alone, the share of them that is right
+            correct[protocol, turns] = np.array([[answers(s[k]).mean(0) for k in every] for s in seeds])
+    return stats.judges(correct) if correct else {}

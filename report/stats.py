@@ -17,11 +17,51 @@ def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = 2000) -> di
     Seeds and items are drawn with replacement, independently, the same draw for every method. With five seeds of
     the usual spread the intervals cover the truth in 95% of studies; with two or three that differ much, in fewer (LOG.md).
     """
-    S, N = next(iter(correct.values())).shape
     rng = np.random.default_rng(0)
+    items, seeds = drawn_items_and_seeds(rng, *next(iter(correct.values())).shape, resamples)
+    return {name: (resampled_items(items, c) * seeds).sum(1) for name, c in correct.items()}
+
+
+def drawn_items_and_seeds(rng: np.random.Generator, S: int, N: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each item is drawn [R, N], and the share of the draws that each seed has [R, S]."""
     items = np.stack([np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(resamples)], dtype=np.float32)
-    seeds = rng.multinomial(S, np.full(S, 1 / S), size=resamples) / S  # [R, S]
-    return {name: ((items @ (c / N).astype(np.float32).T) * seeds).sum(1) for name, c in correct.items()}
+    return items, shares(rng, S, resamples)
+
+
+def shares(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    """The share [R, n] that each of n has of as many draws with replacement."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+
+
+def resampled_items(items: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Accuracies [R, ...] on the drawn items [R, N] of correct answers [..., N]."""
+    N = items.shape[1]
+    return (items @ (correct.reshape(-1, N) / N).astype(np.float32).T).reshape(-1, *correct.shape[:-1])
+
+
+def judges(correct: dict[tuple[str, int], np.ndarray], resamples: int = 2000) -> dict[tuple[str, int], dict]:
+    """By (protocol, turns), of judges that read D sets of its debates, their correct answers [D, S, N]: accuracy, and minus
+    that of judges of debates with as many turns, with intervals.
+
+    Sets are drawn with replacement too: the same for the turns of one protocol, for another protocol others. One set alone
+    does not vary, and the interval leaves out what another would give.
+    """
+    rng = np.random.default_rng(0)
+    items, seeds = drawn_items_and_seeds(rng, *next(iter(correct.values())).shape[1:], resamples)
+    many = dict.fromkeys((protocol, len(c)) for (protocol, _), c in correct.items())
+    sets = {one: shares(rng, one[1], resamples) for one in many}
+    draws = {
+        name: np.einsum("rd,rs,rds->r", sets[name[0], len(c)], seeds, resampled_items(items, c))
+        for name, c in correct.items()
+    }
+    out = {name: {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name])} for name, c in correct.items()}
+    for protocol, turns in correct:
+        debate = ("debate", turns)
+        if protocol != "debate" and debate in correct:
+            name = (protocol, turns)
+            out[name]["diff_vs_debate"] = out[name]["accuracy"] - out[debate]["accuracy"]
+            out[name]["diff_vs_debate_ci"] = interval(draws[name] - draws[debate])
+    return out
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from common import ROOT
 from report import stats
-from report.rows import Report, grouped
+from report.rows import Report, by, grouped, judged
 
 TABLES = {"table2": "Table 2. Main result", "table4": "Table 4. Oversight protocols", "table5": "Table 5. Ensembles"}
 METHOD_FIELDS = {  # field of a method's cell -> head
@@ -33,19 +33,21 @@ MEANS = {  # name -> title, note, and the columns: field of the rows -> head
          "weak_label_ece": "weak labels: ECE %", "weak_label_frac_pred_1": "weak labels: class 1 predicted %",
          "error_inheritance": "error inheritance %", "correction": "correction %", "new_errors": "new errors %"},
     ),
-    "debates": (
-        "What the debates did",
-        "Means over the judges that read them, on train_b. Changed: other than the answer of the weak floor, which reads no "
-        "transcript. Quarters: judge accuracy by length of the transcript, whose mean is in tokens.",
-        {"judge_accuracy": "judge accuracy %", "first_speaker_wins": "first speaker wins %", "changed": "answer changed %",
-         "to_right": "to right %", "to_wrong": "to wrong %", "accuracy_quarter_1": "shortest quarter %",
-         "accuracy_quarter_2": "second %", "accuracy_quarter_3": "third %", "accuracy_quarter_4": "longest %",
-         "mean_tokens": "tokens"},
-    ),
+}  # fmt: skip
+DEBATES_NOTE = (
+    "Means over the judges that read them, on train_b. Accuracy and, in points, what it is more than that of judges of debates "
+    "with as many turns, paired: [95% interval over sets of debates, seeds and samples; one set alone does not vary]. Changed: "
+    "other than the answer of the weak floor, which reads no transcript. Quarters: judge accuracy by length of the transcript, "
+    "whose mean is in tokens."
+)
+DEBATES = {
+    "first_speaker_wins": "first speaker wins %", "changed": "answer changed %", "to_right": "to right %", "to_wrong": "to wrong %",
+    "accuracy_quarter_1": "shortest quarter %", "accuracy_quarter_2": "second %", "accuracy_quarter_3": "third %",
+    "accuracy_quarter_4": "longest %", "mean_tokens": "tokens",
 }  # fmt: skip
 FORMATS = {
     "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_ours": "+.1%",
-    "lead_beyond": "+.1%", "gap": "+.1%",
+    "diff_vs_debate": "+.1%", "lead_beyond": "+.1%", "gap": "+.1%",
     "p_holm": ".2g", "brier": ".3f", "weak_label_brier": ".3f",
     "seconds": ".0f", "supervision_seconds": ".0f", "tokens": ",.0f", "supervision_tokens": ",.0f", "mean_tokens": ".0f",
 }  # fmt: skip
@@ -87,18 +89,23 @@ def formatted(field: str, value: float) -> str:
     return format(value, FORMATS.get(field, ".1%")).removesuffix("%")
 
 
+def with_interval(cell: dict, field: str) -> str:
+    text = formatted(field, cell[field])
+    if f"{field}_ci" in cell:
+        text += " [{}, {}]".format(*(formatted(field, x) for x in cell[f"{field}_ci"]))
+    return text
+
+
 def cell_number(cells: dict, method: str, field: str) -> Number | str:
     """A field of a method's cell with its interval, and the rows of this report behind it; empty where there is none."""
     cell = cells.get(method, {})
     if cell.get(field) is None:
         return ""
-    text = formatted(field, cell[field])
-    if f"{field}_ci" in cell:
-        text += " [{}, {}]".format(*(formatted(field, x) for x in cell[f"{field}_ci"]))
     compared = dict.fromkeys(("diff_vs_finetune", "p_holm", "lead_beyond"), ["finetune"])
     compared |= dict.fromkeys(("diff_vs_ours", "weak_label_diff_vs_ours"), ["ours"])
     compared |= {"pgr": stats.BOUNDS, "gap": ["weak_floor"]}
-    return Number(text, field, [digest for m in (method, *compared.get(field, ())) for digest in cells[m]["rows"]])
+    rows = [digest for m in (method, *compared.get(field, ())) for digest in cells[m]["rows"]]
+    return Number(with_interval(cell, field), field, rows)
 
 
 def mean_number(rows: list[dict], field: str) -> Number | str:
@@ -113,17 +120,38 @@ def tables(report: Report) -> list[Table]:
     """The paper's tables, then cost, calibration, and what the debates did."""
     found = [table for name in TABLES if (table := table_of_methods(report, name)).parts]
     methods = grouped(report.rows, lambda r: report.labels[r["method"]])
-    debates = grouped(report.debates, lambda r: f"{r['protocol'].replace('_', '-')}, {r['turns']} turns")
     for name, (title, note, columns) in MEANS.items():
         parts = []
-        for task, named in (debates if name == "debates" else methods).items():
+        for task, named in methods.items():
             lines = [[label, *(mean_number(rows, field) for field in columns)] for label, rows in named.items()]
             parts.append(([[task, *columns.values()], *lines], []))
         if name == "cost":
             note += f" Seconds on {', '.join(sorted({r['device'] for r in report.rows}))}."
         if parts:
             found.append(Table(name, title, parts, note))
-    return found
+    return [*found, *([table_of_debates(report)] if report.debates else [])]
+
+
+def table_of_debates(report: Report) -> Table:
+    """What the debates did: a part per task, a line per protocol and number of turns."""
+    parts = []
+    for task, of_task in by(report.debates, lambda r: r["task"]).items():
+        cells, named = judged(of_task), by(of_task, lambda r: (r["protocol"], r["turns"]))
+        digests = {name: [r["digest"] for r in rows] for name, rows in named.items()}
+        lines = [[task, "sets", "judge accuracy %", "minus debate", *DEBATES.values()]]
+        for name, rows in named.items():
+            (protocol, turns), cell = name, cells.get(name, {})
+            sets = Number(str(len({r["debate_seed"] for r in rows})), "sets", digests[name])
+            accuracy, minus = mean_number(rows, "judge_accuracy"), ""
+            if "accuracy" in cell:
+                accuracy = Number(with_interval(cell, "accuracy"), "judge_accuracy", digests[name])
+            if "diff_vs_debate" in cell:
+                both = digests[name] + digests["debate", turns]
+                minus = Number(with_interval(cell, "diff_vs_debate"), "diff_vs_debate", both)
+            others = [mean_number(rows, field) for field in DEBATES]
+            lines.append([f"{protocol.replace('_', '-')}, {turns} turns", sets, accuracy, minus, *others])
+        parts.append((lines, []))
+    return Table("debates", "What the debates did", parts, DEBATES_NOTE)
 
 
 def table_of_methods(report: Report, name: str) -> Table:

@@ -1,6 +1,7 @@
 """report/: every number leads to its rows, and nothing that a transcript says can act on the page."""
 
 import json
+import math
 import re
 import shutil
 
@@ -12,7 +13,8 @@ from statsmodels.stats.multitest import multipletests
 from common import InputError, read_jsonl, write_jsonl, write_text
 from report import page, stats, tables
 from report.figures import points_of
-from report.rows import Report, Reported, answers, collect, result_row
+from report.rows import Report, Reported, answers, collect, judged, result_row
+from report.tables import table_of_debates
 from stages import Stage
 from w2s import LABELS, METHODS, SHOWN
 
@@ -136,12 +138,14 @@ def test_every_number_is_found_again_from_the_rows_it_names(small):
         assert target == digests[0] and all(f"row {d}, config {rows[d]['config']}" in title for d in digests)
         value, method = shown.split(" ")[0].replace(",", ""), first.get("method")
         own = [rows[d][field] for d in digests if rows[d].get("method") == method and field in rows[d]]
-        want = expected[field, method] if (field, method) in expected else np.mean(own)
+        want = expected[field, method] if (field, method) in expected else np.mean(own or math.nan)
+        if field == "sets":
+            want = len({rows[d]["debate_seed"] for d in digests})
         if field == "p_holm":
             assert float(value) == pytest.approx(want, rel=0.05), method  # two significant digits
         else:
             last_digit = 10.0 ** -len(value.partition(".")[2])
-            scale = 1 if re.search("seconds|tokens|brier", field) else 100
+            scale = 1 if re.search("seconds|tokens|brier|sets", field) else 100
             assert float(value) == pytest.approx(scale * want, abs=0.501 * last_digit), field
         fields.add(field)
     assert fields >= {"p_holm", "diff_vs_finetune", "gap", "pgr", "accuracy", "brier", "weak_label_ece", "tokens"}
@@ -213,6 +217,20 @@ def test_what_debates_did_is_counted_right(small):
     student = report.rows[-1]  # pays for two judges, and for three turns of each debate seed
     assert student["supervision_tokens"] == 2 * 4000 + 2 * (100 + 10 + 1)
     assert student["supervision_seconds"] == 2 * 3.0 + 8.0 * (80 * 3 * 2) / (8 * 40 * 2)
+
+
+def test_judges_accuracy_has_an_interval_over_sets_where_the_rows_say_what_is_right(small):
+    _, report, _ = small
+    line = table_of_debates(report).parts[0][0][1]
+    cell = judged(report.debates)["debate", 3]
+    assert (
+        line[0] == "debate, 3 turns" and str(line[1]) == "2" and str(line[2]) == tables.with_interval(cell, "accuracy")
+    )
+    assert cell["accuracy"] == pytest.approx(np.mean([r["judge_accuracy"] for r in report.debates]), abs=1e-6)
+    older = [{k: v for k, v in r.items() if k != "right"} for r in report.debates]
+    short = [r for r in report.debates if (r["debate_seed"], r["seed"]) != (1, 1)]
+    for rows in (older, short):
+        assert judged(rows) == {} and "[" not in str(table_of_debates(report._replace(debates=rows)).parts[0][0][1][2])
 
 
 def test_answers_that_never_change_are_flagged(tmp_path):

@@ -54,6 +54,39 @@ def test_pgr_is_blank_where_the_ceiling_does_not_clear_the_floor(ceiling):
     assert tables.cell_number(cells, "ours", "accuracy").text.startswith("75.0 [")
 
 
+def test_judges_of_one_set_have_the_interval_of_seeds_and_items_and_sets_widen_it():
+    rng = np.random.default_rng(0)
+    one = rng.random((1, 3, 400)) < 0.6
+    cell = stats.judges({("debate", 3): one})["debate", 3]
+    assert cell["accuracy"] == one.mean()
+    assert cell["accuracy_ci"] == pytest.approx(stats.interval(stats.bootstrap_means({"m": one[0]})["m"]))
+    by_set = np.repeat(np.array([1, 1, 1, 0, 0])[:, None, None], 50, axis=2)  # quantiles of five draws at 0.6
+    assert stats.judges({("debate", 3): by_set})["debate", 3]["accuracy_ci"] == pytest.approx((0.2, 1.0))
+
+
+def test_judges_are_compared_with_those_of_debates_of_as_many_turns():
+    by_item = np.tile(np.arange(200) < 120, (2, 1, 1))
+    by_set = np.repeat(np.array([1, 0])[:, None, None], 200, axis=2)
+    correct = {(p, t): x for p in ("debate", "consultancy") for t, x in ((3, by_item), (1, by_set))}
+    cells = stats.judges(correct | {("x", 2): by_item})
+    assert "diff_vs_debate" not in cells["debate", 3] and "diff_vs_debate" not in cells["x", 2]
+    assert cells["consultancy", 3]["diff_vs_debate_ci"] == (0, 0)  # the same items are drawn
+    assert cells["consultancy", 1]["diff_vs_debate_ci"] == pytest.approx((-1, 1))  # and other sets
+    assert cells["consultancy", 1]["diff_vs_debate"] == 0
+
+
+def test_alike_protocols_whose_sets_and_seeds_vary_are_seldom_told_apart():
+    rng, N, found = np.random.default_rng(0), 300, 0
+    for _ in range(200):
+        item = rng.normal(0.6, 1, N)
+        seed = rng.normal(0, 0.1, (1, 3, 1))
+        protocols = {(p, 3): item + seed + rng.normal(0, 0.06, (4, 1, 1)) for p in ("debate", "consultancy")}
+        right = {name: rng.random(x.shape) < 1 / (1 + np.exp(-x)) for name, x in protocols.items()}
+        low, high = stats.judges(right, resamples=400)["consultancy", 3]["diff_vs_debate_ci"]
+        found += low > 0 or high < 0
+    assert found <= 16  # 8%
+
+
 # ---- tests ----
 
 

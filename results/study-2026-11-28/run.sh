@@ -42,7 +42,7 @@ take() { # part, what it takes over of sciq's stages
 for part in ${@:-sciq seeds knowledge gap-3 gap-12}; do
   case $part in
     sciq)
-      run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 consultancy_single \
+      run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 consultancy consultancy_single \
         independent_single other_debate_single no_argument naive_ensemble evidence" --tasks sciq_evidence
       ;;
     seeds)
