@@ -46,8 +46,9 @@ for part in ${@:-sciq seeds knowledge gap-3 gap-12}; do
         independent_single other_debate_single no_argument naive_ensemble evidence" --tasks sciq_evidence
       ;;
     seeds)
-      take $part weak-{naive,debate-d?-t3}-f0-s? strong-{ceiling,finetune,single,ours}-s? 'zero-shot-*'
-      SEEDS=${SEEDS:-0 1 2 3 4} run $part "finetune single ours" --tasks sciq_evidence
+      take $part weak-{naive,debate-d?-t3,consultancy-d?-t3}-f0-s? strong-{ceiling,finetune,single,ours,consultancy}-s? \
+        'zero-shot-*'
+      SEEDS=${SEEDS:-0 1 2 3 4} run $part "finetune single ours consultancy" --tasks sciq_evidence
       ;;
     knowledge)
       take $part 'weak-naive-f0-s?' 'weak-debate-d0-t3-f0-s?' 'strong-ceiling-s?' 'strong-finetune-s?' 'zero-shot-*'
