@@ -54,13 +54,12 @@ def judges(correct: dict[tuple[str, int], np.ndarray], resamples: int = 2000) ->
         name: np.einsum("rd,rs,rds->r", sets[name[0], len(c)], seeds, resampled_items(items, c))
         for name, c in correct.items()
     }
-    out = {name: {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name])} for name, c in correct.items()}
-    for protocol, turns in correct:
-        debate = ("debate", turns)
-        if protocol != "debate" and debate in correct:
-            name = (protocol, turns)
-            out[name]["diff_vs_debate"] = out[name]["accuracy"] - out[debate]["accuracy"]
-            out[name]["diff_vs_debate_ci"] = interval(draws[name] - draws[debate])
+    out = accuracies(correct, draws)
+    for name, cell in out.items():
+        debate = ("debate", name[1])
+        if name != debate and debate in out:
+            cell["diff_vs_debate"] = cell["accuracy"] - out[debate]["accuracy"]
+            cell["diff_vs_debate_ci"] = interval(draws[name] - draws[debate])
     return out
 
 
@@ -106,9 +105,14 @@ def ece(probs: np.ndarray, labels: np.ndarray) -> float:
     return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in reliability(probs, labels)) / len(labels)
 
 
+def accuracies(correct: dict, draws: dict) -> dict:
+    """name -> accuracy of its correct answers, with the interval of its draws."""
+    return {name: {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name])} for name, c in correct.items()}
+
+
 def compared(correct: dict[str, np.ndarray], draws: dict[str, np.ndarray]) -> dict[str, dict]:
     """For each method accuracy and its differences from plain finetuning and from ours, with intervals."""
-    out = {name: {"accuracy": float(c.mean()), "accuracy_ci": interval(draws[name])} for name, c in correct.items()}
+    out = accuracies(correct, draws)
     for other in [m for m in ("finetune", "ours") if m in correct]:
         for name in correct.keys() - {other}:
             out[name][f"diff_vs_{other}"] = float(correct[name].mean() - correct[other].mean())

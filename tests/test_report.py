@@ -223,9 +223,7 @@ def test_judges_accuracy_has_an_interval_over_sets_where_the_rows_say_what_is_ri
     _, report, _ = small
     line = table_of_debates(report).parts[0][0][1]
     cell = judged(report.debates)["debate", 3]
-    assert (
-        line[0] == "debate, 3 turns" and str(line[1]) == "2" and str(line[2]) == tables.with_interval(cell, "accuracy")
-    )
+    assert [*map(str, line[:3])] == ["debate, 3 turns", "2", tables.with_interval(cell, "accuracy")]
     assert cell["accuracy"] == pytest.approx(np.mean([r["judge_accuracy"] for r in report.debates]), abs=1e-6)
     older = [{k: v for k, v in r.items() if k != "right"} for r in report.debates]
     short = [r for r in report.debates if (r["debate_seed"], r["seed"]) != (1, 1)]
