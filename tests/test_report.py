@@ -13,8 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from common import InputError, read_jsonl, write_jsonl, write_text
 from report import page, stats, tables
 from report.figures import points_of
-from report.rows import Report, Reported, answers, collect, judged, result_row
-from report.tables import table_of_debates
+from report.rows import Report, Reported, answers, collect, result_row
 from stages import Stage
 from w2s import LABELS, METHODS, SHOWN
 
@@ -217,18 +216,6 @@ def test_what_debates_did_is_counted_right(small):
     student = report.rows[-1]  # pays for two judges, and for three turns of each debate seed
     assert student["supervision_tokens"] == 2 * 4000 + 2 * (100 + 10 + 1)
     assert student["supervision_seconds"] == 2 * 3.0 + 8.0 * (80 * 3 * 2) / (8 * 40 * 2)
-
-
-def test_judges_accuracy_has_an_interval_over_sets_where_the_rows_say_what_is_right(small):
-    _, report, _ = small
-    line = table_of_debates(report).parts[0][0][1]
-    cell = judged(report.debates)["debate", 3]
-    assert [*map(str, line[:3])] == ["debate, 3 turns", "2", tables.with_interval(cell, "accuracy")]
-    assert cell["accuracy"] == pytest.approx(np.mean([r["judge_accuracy"] for r in report.debates]), abs=1e-6)
-    older = [{k: v for k, v in r.items() if k != "right"} for r in report.debates]
-    short = [r for r in report.debates if (r["debate_seed"], r["seed"]) != (1, 1)]
-    for rows in (older, short):
-        assert judged(rows) == {} and "[" not in str(table_of_debates(report._replace(debates=rows)).parts[0][0][1][2])
 
 
 def test_answers_that_never_change_are_flagged(tmp_path):

@@ -1,13 +1,16 @@
 """report/stats.py against scipy and statsmodels, by hand, and by simulated studies whose truth is known."""
 
+import itertools
 import math
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
 from report import stats, tables
+from report.rows import judged, packed
 
 
 def answers(accuracy: float, n: int = 2000, seeds: int = 1) -> np.ndarray:
@@ -73,6 +76,25 @@ def test_judges_are_compared_with_those_of_debates_of_as_many_turns():
     assert cells["consultancy", 3]["diff_vs_debate_ci"] == (0, 0)  # the same items are drawn
     assert cells["consultancy", 1]["diff_vs_debate_ci"] == pytest.approx((-1, 1))  # and other sets
     assert cells["consultancy", 1]["diff_vs_debate"] == 0
+
+
+def test_judges_accuracy_has_an_interval_over_sets_where_the_rows_say_what_is_right():
+    rng, rows = np.random.default_rng(0), []
+    for debate_seed, seed in itertools.product((0, 1), (0, 1)):
+        right = rng.random(40) < 0.65
+        whose = {"task": "sciq", "protocol": "debate", "turns": 3, "debate_seed": debate_seed, "seed": seed}
+        known = {"n": 40, "right": packed(right), "judge_accuracy": right.mean()}
+        rows.append(whose | known | {"digest": f"{debate_seed}{seed}"})
+
+    def line(rows: list[dict]) -> list:
+        return tables.table_of_debates(SimpleNamespace(debates=rows)).parts[0][0][1]
+
+    cell = judged(rows)["debate", 3]
+    assert [*map(str, line(rows)[:3])] == ["debate, 3 turns", "2", tables.with_interval(cell, "accuracy")]
+    assert cell["accuracy"] == pytest.approx(np.mean([r["judge_accuracy"] for r in rows]), abs=1e-6)
+    older = [{k: v for k, v in r.items() if k != "right"} for r in rows]
+    for others in (older, rows[:-1]):  # the second set lacks a seed
+        assert judged(others) == {} and "[" not in str(line(others)[2])
 
 
 def test_alike_protocols_whose_sets_and_seeds_vary_are_seldom_told_apart():
