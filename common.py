@@ -326,14 +326,14 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # stdout was closed
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last finished batch", file=sys.stderr)
+        print("interrupted; what is finished stays", file=sys.stderr)
         code = 1
     except Exception as e:
         code = 1
         of_the_run = isinstance(e, OSError | FloatingPointError | MemoryError)
         if of_the_run or type(e).__name__ in ("OutOfMemoryError", "SafetensorError"):
             notes = getattr(e, "__notes__", [])
-            print("error:", "; ".join([f"{e or type(e).__name__}".splitlines()[0], *notes]), file=sys.stderr)
+            print("error:", "; ".join([(str(e) or type(e).__name__).splitlines()[0], *notes]), file=sys.stderr)
         elif several:
             traceback.print_exc()
         else:

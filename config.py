@@ -95,7 +95,6 @@ EXTRA = (  # run only where --methods names them: not the paper's, or the paper'
     "other_debate_single",
 )  # fmt: skip
 DEFAULT_METHODS = tuple(n for n in METHODS if n not in EXTRA)
-FIGURE_METHODS = tuple(n for n in METHODS if n not in TABLE_METHODS)
 NO_FIGURES = ("boolq", "cosmos_qa", "boolq_evidence", "cosmos_qa_evidence")  # the paper draws none for the first two
 
 PAPER_TASKS = ("sciq", "boolq", "cosmos_qa", "anthropic_hh")
@@ -127,8 +126,11 @@ PRESETS = {
     "paper": PAPER,
 }  # fmt: skip
 PER_TASK = {  # where a task departs from its preset
+    (preset, task): dict(methods=tuple(n for n in of.get("methods", DEFAULT_METHODS) if n in TABLE_METHODS))
+    for preset, of in PRESETS.items() for task in NO_FIGURES
+} | {
     ("tiny", "places"): dict(methods=tuple(n for n in DEFAULT_METHODS if METHODS[n].shown[0] in ("table2", "table5"))),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

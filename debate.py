@@ -51,7 +51,7 @@ from common import (
 from data.prepare import TASKS
 from generate import ENGINES, DebateConfig, Debater
 from model import ModelSpec
-from stages import Stage, State, locked, read_manifest
+from stages import Stage, State, locked, read_manifest, settings_of
 from train import soft_labels
 
 PROTOCOLS = ("debate", "consultancy", "market_making", "independent")
@@ -232,7 +232,7 @@ def make_transcripts(
         mine, each = pending[me::copies], len(seeds) * (turns - n_turns)  # new turns of a sample
         name, total = f"{task} {protocol} seeds {seeds}", sum(map(len, mine)) * each
         bar = tqdm(desc=name, total=total, unit="turn", disable=ranks.rank > 0 or None)
-        progress, start, n_new, n_tokens = Progress(name, "turn", ranks), time.time(), 0, 0
+        progress, start, n_done, n_new, n_tokens = Progress(name, "turn", ranks), time.time(), 0, 0, 0
         for c in mine:
             before = begun and [[begun[k][s["id"]] for s in c] for k in seeds]
             rows = run_protocol(debater(), task, protocol, c, seeds, turns, before, choose)
@@ -241,12 +241,13 @@ def make_transcripts(
                 if ranks.rank == me:
                     append_rows(stems[k].with_name(f"{stems[k].name}.rank{me}of{copies}"), fresh)
                 n_tokens += sum(sum(r["n_tokens"][n_turns:]) for r in fresh)
-            n_new += len(c) * each
+                n_new += len(fresh) * (turns - n_turns)
+            n_done += len(c) * each
             seconds = time.time() - start
             rate = f"{n_tokens / seconds:.0f} tokens/s{f' x {copies} processes' * (copies > 1)}"
             bar.update(len(c) * each)
             bar.set_postfix_str(rate)
-            progress.at(n_new, total, seconds, rate)
+            progress.at(n_done, total, seconds, rate)
         bar.close()
         ranks.barrier()
         if ranks.rank == 0:
@@ -255,9 +256,11 @@ def make_transcripts(
                 write_jsonl(files[k], rows)
                 for part in part_files(stems[k]):
                     part.unlink()
-                cost["new_tokens"] += sum(sum(r["n_tokens"][n_turns:]) for r in rows)
-                cost["turns"] += len(rows) * (turns - n_turns)
-    return ranks.broadcast(cost)
+        made = ranks.gather((n_tokens, n_new))[
+            :copies
+        ]  # not what was there before a kill: its seconds are not counted either
+        cost = {what: cost[what] + sum(of_ranks) for what, of_ranks in zip(cost, zip(*made, strict=True), strict=True)}
+    return cost
 
 
 def count_turns(rows: list[dict], path: Path) -> int:
@@ -353,7 +356,7 @@ def main() -> None:
 
     asked = {"task": args.task, "protocol": args.protocol, "model": spec.identity()}
     turns = {str(k): args.turns for k in args.seed}
-    stage = Stage(out, asked | dataclasses.asdict(config), inputs, make, minimum=turns, on_all_ranks=True)
+    stage = Stage(out, inputs=inputs, make=make, minimum=turns, on_all_ranks=True, **settings_of(config, **asked))
     state, why = stage.state()
     if state is State.STALE:
         raise InputError(f"--out {args.out!r} holds something else ({'; '.join(why)}); name another folder")

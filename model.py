@@ -327,11 +327,14 @@ class Classifier:
         return head(*self.hidden(samples), self.model.score.weight, self.kernels)
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
-        """Token ids of each text, and how many texts were cut to `max_tokens`."""
+        """Token ids of each text, and how many texts were cut to `max_tokens`: these lose their middle, which belongs to the
+        transcript, as the question stands at one end."""
         ids = self.tokenizer(texts, add_special_tokens=True)["input_ids"]
         if not all(ids):
             raise ValueError(f"text {ids.index([])} has no token for the head to read: {texts[ids.index([])]!r}")
-        return [i[:max_tokens] for i in ids], sum(len(i) > max_tokens for i in ids)
+        last = max_tokens // 2
+        whole = [i if len(i) <= max_tokens else i[: max_tokens - last] + i[len(i) - last :] for i in ids]
+        return whole, sum(len(i) > max_tokens for i in ids)
 
 
 # ---- as an ordinary folder ----

@@ -46,7 +46,7 @@ def counted(task: str) -> tuple[int, ...]:
 
 
 class Plan:
-    """Costs of a task's stages under `config` on `gpus` of `gpu`. Of a stage, `work` says what it does (w2s.py)."""
+    """Costs of a task's stages under `config` on `gpus` of `gpu`. Of a stage, `work` says what it does (steps.py)."""
 
     def __init__(self, config, task: str, gpu: Gpu, gpus: int):
         self.c, self.task, self.gpu, self.gpus = config, task, gpu, gpus

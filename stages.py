@@ -52,7 +52,7 @@ class State(enum.Enum):
 
     MISSING = "missing"  # nothing
     BEGUN = "begun"  # unfinished, for the same work: `make` continues it
-    SHORT = "short"  # finished with less than `minimum`: `make` continues it
+    SHORT = "short"  # finished with less than `minimum`, or begun to be more: `make` continues it
     STALE = "stale"  # of other settings, inputs or code, or changed since: it is moved aside
     DONE = "done"
 
@@ -107,10 +107,11 @@ class Stage:
             return (State.STALE, [how]) if there - {"started.json"} else (State.MISSING, [])
         if not have:
             return State.STALE, ["manifest.json is not readable"]
-        if why := differences(self.filled(have), want) + self.changed_outputs(have):
+        changed, continued = self.changed_outputs(have), read_json(self.folder / "started.json") == want
+        if why := differences(self.filled(have), want) + ([] if continued else changed):
             return State.STALE, why
         got = have.get("minimum", {})
-        few = [f"{k}: {got.get(k, 0)} -> {n}" for k, n in self.minimum.items() if got.get(k, 0) < n]
+        few = [f"{k}: {got.get(k, 0)} -> {n}" for k, n in self.minimum.items() if got.get(k, 0) < n] or changed
         return (State.SHORT, few) if few else (State.DONE, [])
 
     def filled(self, have: dict) -> dict:
@@ -155,9 +156,10 @@ class Stage:
         if state is State.DONE or state is State.MISSING and self.copied():
             return None
         if state is State.STALE:
-            names = (self.folder.with_name(f"{self.folder.name}.stale{n}") for n in itertools.count(1))
+            names = (self.folder.parent / f"stale/{self.folder.name}.{n}" for n in itertools.count(1))
             aside = next(path for path in names if not path.exists())
-            print(f"stale: {self.folder} ({'; '.join(why)}); the old files are now in {aside.name}", flush=True)
+            print(f"stale: {self.folder} ({'; '.join(why)}); the old files are now in {aside}", flush=True)
+            aside.parent.mkdir(exist_ok=True)  # a level deeper than what the results' README.md names
             os.replace(self.folder, aside)
         want = self.wanted()
         write_text(self.folder / "started.json", json.dumps(want))
@@ -180,7 +182,7 @@ class Stage:
             for p in sorted(self.folder.rglob("*"))
             if p.is_file() and is_output(p) and p.name not in ("manifest.json", "started.json", "steps.jsonl")
         }
-        if before:  # continued: what it cost before counts too
+        if "new_tokens" in before:  # debates go on, so that what they cost before counts; other work is done again
             spent |= {k: v + before.get(k, 0) for k, v in spent.items() if isinstance(v, int | float)}
         more = {k: max(n, self.minimum.get(k, 0)) for k, n in (before.get("minimum", {}) | self.minimum).items()}
         made = want | {"speed": self.speed, "minimum": more, "outputs": outputs, **spent, **provenance()}
@@ -206,15 +208,16 @@ class Stage:
 
 def differences(have: dict, want: dict) -> list[str]:
     """What two manifests were made of, where they differ."""
-    lines = []
-    for part in ("config", "inputs"):
+
+    def changed(part: str) -> list[tuple[str, str, str]]:
         old, new = have.get(part, {}), want[part]
-        changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        lines += [f"{part}.{k}: {str(old.get(k))[:60]} -> {str(new.get(k))[:60]}" for k in changed]
-    old, new = have.get("code", {}), want["code"]
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return lines + ([f"code: {', '.join(changed[:3])}{more}"] if changed else [])
+        names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        return [(k, str(old.get(k))[:60], str(new.get(k))[:60]) for k in names]
+
+    lines = [f"{part}.{k}: {old} -> {new}" for part in ("config", "inputs") for k, old, new in changed(part)]
+    code = [k for k, _, _ in changed("code")]
+    more = f" and {len(code) - 3} more" if len(code) > 3 else ""
+    return lines + ([f"code: {', '.join(code[:3])}{more}"] if code else [])
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:

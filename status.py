@@ -1,6 +1,7 @@
 """What is done, running, stale (and why) or missing, and about how long the rest will take."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from common import print0
@@ -44,8 +45,8 @@ def show(stages: list[Stage], out: Path, as_json: bool) -> None:
         took = f"{row['seconds']:8.1f} s" if row["state"] == "done" else ""
         why = f"  ({'; '.join(row['why'])})" if row["why"] else ""
         print0(f"  {row['state']:8}{row['stage']:60}{took}{why}")
-    count = {state: sum(r["state"] == state for r in rows) for state in ("done", "running", "stale", "missing")}
+    count = Counter(r["state"] for r in rows)
     left = [r["expected"] for r in rows if r["state"] != "done"]
     known = [x for x in left if x is not None]
     more = f"; about {sum(known) / 60:.0f} min left for {len(known)} of {len(left)}" if known else ""
-    print0(", ".join(f"{n} {state}" for state, n in count.items()) + more)
+    print0(", ".join(f"{count[state]} {state}" for state in ("done", "running", "stale", "missing")) + more)

@@ -200,15 +200,16 @@ def make_debates(
             new = debate.make_transcripts(speaker, files.task, work.protocol, rows, paths, n, choose, ranks)
             cost = {k: cost.get(k, 0) + v for k, v in new.items()}
     held.release()
-    return cost | {"tokens": {k: tokens_by_turn(out / f"seed{k}") for k in work.turns}}
+    return cost | {"tokens": {p.name.removeprefix("seed"): tokens_by_turn(p) for p in sorted(out.glob("seed*"))}}
 
 
 def make_zero_shot(files: Files, work: ZeroShot, settings: DebateConfig, out: Path, ranks: Ranks, held: Held) -> dict:
     """Class probabilities of train_b and test by the likelihood of the two sides' names."""
-    speaker = held.get(generate.Debater, work.model, settings, ranks)
+    speaker = held.get(generate.ENGINES[settings.engine], work.model, settings, ranks)
+    share = ALONE if settings.engine == "sharded" else ranks  # all of them answer together, or each its share
     for part in ("train_b", "test"):
         rows = debated(files, part) if work.evidence else read_jsonl(files.samples(part))
-        probs = debate.zero_shot(speaker, files.task, rows, ranks)
+        probs = debate.zero_shot(speaker, files.task, rows, share)
         if ranks.rank == 0:
             write_jsonl(out / f"{part}.jsonl", [{"id": r["id"], "probs": p} for r, p in zip(rows, probs, strict=True)])
     return {}

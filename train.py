@@ -96,7 +96,9 @@ class TrainConfig:
     epochs: int = flag(2, "passes over the training samples", int)
     batch_size: int = flag(32, "samples per optimizer step", int)
     seed: int = flag(0, "order of the samples, and where adapters start", int, zero=True)
-    max_tokens: int = flag(2048, "longest input; a longer one loses the end of its transcript, and is counted", int)
+    max_tokens: int = flag(
+        2048, "longest input; a longer one loses its middle, part of the transcript, and is counted", int
+    )
     dtype: str = flag("auto", "of the forward and backward pass; master weights are float32", choices=("auto", "float32", "bfloat16"))  # fmt: skip
     kernels: str = flag("auto", "head and loss: Triton (auto: on a GPU), or plain PyTorch", choices=CHOICES, speed=True)
     max_tokens_per_forward: int = flag(32768, "most tokens in one forward; changes rounding alone", int, speed=True)
@@ -169,6 +171,10 @@ def finetune(
     check_labels(labels, len(texts))
     classifier.reset(config)
     samples, n_cut = classifier.encode(texts, config.max_tokens)
+    if n_cut:
+        classifier.ranks.print(
+            f"note: {n_cut} of {len(texts)} inputs exceed {config.max_tokens} tokens and lose their middle"
+        )
     labels, dev = labels.float(), classifier.model.device
     if classifier.kernels != "reference":
         check_kernel(config, classifier.kernels, dev)

@@ -45,7 +45,7 @@ from common import (
     run_script,
     world,
 )
-from config import FIGURE_METHODS, LABELS, METHODS, NO_FIGURES, SHOWN, Config, Method, show_config
+from config import LABELS, METHODS, SHOWN, Config, Method, show_config
 from debate import PROTOCOLS
 from generate import DebateConfig
 from model import ModelSpec, load_tokenizer
@@ -153,13 +153,15 @@ class Experiment:
         """What a model answers without training, by the likelihood of the two sides' names."""
         c, name = self.config, who.replace("_", "-")
         work = ZeroShot(self.weak if who == "zero_shot_weak" else self.strong, who == "zero_shot_evidence")
-        settings = DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens)
+        sharded = c.engine == "sharded" and work.model == self.strong  # the weak one fits; vLLM has no likelihoods
+        engine = "sharded" if sharded else "replicated"
+        settings = DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens, engine=engine)
         asked = {"model": work.model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
         return Stage(
             self.folder / "predictions" / name, asked | {"wording": self.wording},
             self.files.inputs(("train_b", "test"), work.evidence),
             functools.partial(steps.make_zero_shot, self.files, work, settings),
-            code=reached([steps.make_zero_shot, generate.Debater, data.prepare.Wording]),
+            code=reached([steps.make_zero_shot, generate.ENGINES[engine], data.prepare.Wording]),
             on_all_ranks=True, twins=self.twins(name), work=work,
         )  # fmt: skip
 
@@ -212,8 +214,6 @@ class Experiment:
     def methods(self) -> dict[str, Method]:
         """The chosen rows and points that this task can have."""
         chosen = {n: m for n, m in METHODS.items() if n in self.config.methods}
-        if self.task in NO_FIGURES:
-            chosen = {n: m for n, m in chosen.items() if n not in FIGURE_METHODS}
         return {n: m for n, m in chosen.items() if m.reads != "evidence" or self.has_evidence}
 
     def reference_runs(self, seed: int) -> dict[str, Stage]:
@@ -259,7 +259,7 @@ class Experiment:
 
 
 def results_folder(config: Config) -> Path:
-    return Path(config.out) / "heads" if config.head_only else Path(config.out)
+    return Path(config.out, "heads" if config.head_only else "")
 
 
 def source_of(task: str) -> str:
@@ -314,7 +314,7 @@ def run(experiments: list[Experiment]) -> None:
     alone = config.engine != "sharded" and all(group_size(ranks.size, size) == 1 for size in sizes)
     if not alone:
         refuse_shared_gpus("--weak-gpus 1 --strong-gpus 1 --engine replicated")
-    groups = {size: ranks.split(size) for size in (0, *sizes)}
+    groups = {size: ranks.split(size) for size in dict.fromkeys((0, *sizes))}
     with locked(Path(config.out)):
         make_all([s for e in experiments for s in e.stages()], Path(config.out), groups)
         if ranks.rank == 0:

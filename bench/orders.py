@@ -9,16 +9,29 @@ is not made again.
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from common import InputError, check_out, flag, parse_dataclass, print0, read_jsonl, run_script, world, write_jsonl
+from common import (
+    InputError,
+    check_out,
+    flag,
+    parse_dataclass,
+    print0,
+    read_json,
+    run_script,
+    world,
+    write_jsonl,
+    write_text,
+)
 from data.prepare import TASKS
 from debate import judge_input, with_evidence
 from model import Classifier, ModelSpec, resolve_dtype
+from report.rows import scored
 from report.stats import bootstrap_means, interval
 from steps import READ, Files, Run, joined
 from train import TrainConfig, finetune, predict, prediction_rows, soft_labels
@@ -77,10 +90,9 @@ def judge(args: Args, classifier: Classifier, files: Files, form: str, seed: int
 
 
 def show(args: Args, files: Files) -> None:
-    gold = np.array([r["label"] for r in read_jsonl(files.folder / "data/train_b.gold.jsonl")])
-
     def correct_of(form: str, seed: int) -> np.ndarray:
-        return np.array([r["probs"] for r in read_jsonl(judgement(args, form, seed))]).argmax(1) == gold
+        probs, gold = scored(judgement(args, form, seed), files.folder / "data/train_b.gold.jsonl")
+        return probs.argmax(1) == gold
 
     correct = {form: np.stack([correct_of(form, seed) for seed in args.seeds]) for form in args.forms}
     draws = bootstrap_means(correct)
@@ -101,6 +113,12 @@ def main() -> None:
     for seed in args.seeds:
         if not files.transcripts("debate", seed, "train_b").exists() or not files.evidence("train_b").exists():
             raise InputError(f"--results {args.results} --task {args.task}: no debates of seed {seed} with evidence")
+    settings = {k: v for k, v in vars(args).items() if k not in ("seeds", "forms", "out")}
+    file = Path(args.out, "settings.json")
+    if odd := [f"{k} {v}" for k, v in (read_json(file) or settings).items() if v != settings.get(k)]:
+        raise InputError(f"--out {args.out}: judgements with {', '.join(odd)} are there; name another folder")
+    if ranks.rank == 0:
+        write_text(file, json.dumps(settings, indent=1) + "\n")
     missing = [(f, s) for f in args.forms for s in args.seeds if not judgement(args, f, s).exists()]
     if mine := missing[ranks.rank :: ranks.size]:
         classifier = Classifier(ModelSpec.parse(args.weak), 2, resolve_dtype(args.dtype))

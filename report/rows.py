@@ -23,7 +23,7 @@ class Reported(NamedTuple):
     seed: int
     stage: Stage
     weak_labels: Path | None = None
-    reads: str = ""  # what the judges read: a protocol's debates, or something else (Method in w2s.py)
+    reads: str = ""  # what the judges read: a protocol's debates, or something else (Method in config.py)
     turns: int = 0
     judges: dict[tuple[int, int], Stage] = {}  # by debate seed and finetuning seed
     sides: tuple[str, ...] = ()  # the names of the task's two sides
@@ -117,7 +117,7 @@ def supervision_cost(out: Path, run: Reported) -> dict:
     if debates:
         seeds = {debate_seed for debate_seed, _ in run.judges}
         samples = sum(len(read_jsonl(out / run.task / f"data/{part}.jsonl")) for part in ("train_a", "train_b"))
-        seconds += samples * run.turns * len(seeds) / debates["turns"] * debates["seconds"]
+        seconds += samples * run.turns * len(seeds) / max(1, debates["turns"]) * debates["seconds"]
         tokens += sum(sum(debates["tokens"][str(k)][: run.turns]) for k in seeds)
     return {"supervision_seconds": round(seconds, 3), "supervision_tokens": tokens}
 
@@ -150,10 +150,13 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
 def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [N, K] and labels [N], in the order of the gold file."""
     labels = read_jsonl(gold)
-    rows = align_by_id(read_jsonl(predictions), [r["id"] for r in labels], str(predictions))
+    advice = "`python w2s.py status` says what is stale, `run` makes it again"
+    try:
+        rows = align_by_id(read_jsonl(predictions), [r["id"] for r in labels], str(predictions))
+    except InputError as e:
+        raise InputError(f"{e}; {advice}") from None
     if not all(isinstance(r.get("probs"), list) and r["probs"] for r in rows) or any("label" not in g for g in labels):
-        what = f"{predictions} with {gold}: not probabilities and labels"
-        raise InputError(f"{what}; `python w2s.py status` says what is stale")
+        raise InputError(f"{predictions} with {gold}: not probabilities and labels; {advice}")
     return np.array([r["probs"] for r in rows]), np.array([r["label"] for r in labels])
 
 

@@ -35,10 +35,10 @@ MEANS = {  # name -> title, note, and the columns: field of the rows -> head
     ),
 }  # fmt: skip
 DEBATES_NOTE = (
-    "Means over the judges that read them, on train_b. Accuracy and, in points, what it is more than that of judges of debates "
-    "with as many turns, paired: [95% interval over sets of debates, seeds and samples; one set alone does not vary]. Changed: "
-    "other than the answer of the weak floor, which reads no transcript. Quarters: judge accuracy by length of the transcript, "
-    "whose mean is in tokens."
+    "Means over sets of debates, of each over the judges that read it, on train_b. Accuracy and, in points, what it is more than "
+    "that of judges of debates with as many turns, paired: [95% interval over sets, seeds and samples; one set alone does not "
+    "vary]. Changed: other than the answer of the weak floor, which reads no transcript. Quarters: judge accuracy by length of "
+    "the transcript, whose mean is in tokens."
 )
 DEBATES = {
     "first_speaker_wins": "first speaker wins %", "changed": "answer changed %", "to_right": "to right %", "to_wrong": "to wrong %",
@@ -116,6 +116,15 @@ def mean_number(rows: list[dict], field: str) -> Number | str:
     return Number(formatted(field, sum(values) / len(values)), field, [r["digest"] for r in rows])
 
 
+def mean_over_sets(rows: list[dict], field: str) -> Number | str:
+    """The same of rows of judges: every set of debates counts once, however many judges read it."""
+    values = [[r.get(field) for r in of] for of in by(rows, lambda r: r["debate_seed"]).values()]
+    if any(None in of for of in values):
+        return ""
+    mean = sum(sum(of) / len(of) for of in values) / len(values)
+    return Number(formatted(field, mean), field, [r["digest"] for r in rows])
+
+
 def tables(report: Report) -> list[Table]:
     """The paper's tables, then cost, calibration, and what the debates did."""
     found = [table for name in TABLES if (table := table_of_methods(report, name)).parts]
@@ -142,13 +151,13 @@ def table_of_debates(report: Report) -> Table:
         for name, rows in named.items():
             (protocol, turns), cell = name, cells.get(name, {})
             sets = Number(str(len({r["debate_seed"] for r in rows})), "sets", digests[name])
-            accuracy, minus = mean_number(rows, "judge_accuracy"), ""
+            accuracy, minus = mean_over_sets(rows, "judge_accuracy"), ""
             if "accuracy" in cell:
                 accuracy = Number(with_interval(cell, "accuracy"), "judge_accuracy", digests[name])
             if "diff_vs_debate" in cell:
                 both = digests[name] + digests["debate", turns]
                 minus = Number(with_interval(cell, "diff_vs_debate"), "diff_vs_debate", both)
-            others = [mean_number(rows, field) for field in DEBATES]
+            others = [mean_over_sets(rows, field) for field in DEBATES]
             lines.append([f"{protocol.replace('_', '-')}, {turns} turns", sets, accuracy, minus, *others])
         parts.append((lines, []))
     return Table("debates", "What the debates did", parts, DEBATES_NOTE)

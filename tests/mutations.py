@@ -18,7 +18,7 @@ GUARDS = [  # guard, file, what stands there, what stands there instead, the tes
     ("NaN loss", "train.py", "if not math.isfinite(value):", "if False:", "test_train.py -k loss_that_is_not_finite"),
     ("NaN logits", "generate.py", "        if not finite:\n", "        if False:\n", "test_bad_input.py -k logits_that_are_not_finite"),
     ("NaN predictions", "train.py", "return check_finite(", "return (", "test_bad_input.py -k step_that_explodes"),
-    ("stale check", "stages.py", 'for part in ("config", "inputs"):', 'for part in ("inputs",):', "test_stale.py"),
+    ("stale check", "stages.py", 'for part in ("config", "inputs") for', 'for part in ("inputs",) for', "test_stale.py"),
     ("id matching", "common.py", "if len(table) != len(rows) or table.keys() != set(ids):", "if False:", "test_w2s.py -k do_not_match"),
     ("gold file", "w2s.py", 'labels = self.weak_labels(name, seed)\n        return self.finetune(', 'labels = self.folder / "data/train_b.gold.jsonl"\n        return self.finetune(', "test_w2s.py -k nothing_but_the_ceiling"),
     ("what ran before", "train.py", ', generator=torch.Generator().manual_seed(stable_hash("order", config.seed, epoch))', "", "test_distributed.py -k what_ran_before"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import common
 import data.prepare
-from common import read_jsonl, write_jsonl
+from common import read_jsonl, write_jsonl, write_text
 from data.models import builtin_folder
 from kernels import resolve
 
@@ -25,6 +25,7 @@ FLAGS = {  # that would work
     DEBATE: "--samples good.jsonl --strong random-small",
     TRAIN: "--model random-small --train good.jsonl --test good.jsonl",
     PREPARE: "--task sciq",
+    "bench.orders": "--results run --seeds 0",
 }
 
 
@@ -419,6 +420,13 @@ def test_a_step_that_explodes_after_the_last_loss_is_seen(refused):
     for _ in range(2):  # such a folder may be used again
         refused(TRAIN, ["--lr", "1e38", "--epochs", "1"], ["logits of", "--lr"], code=1)
         assert [f.name for f in Path("out").iterdir()] == ["steps.jsonl"]
+
+
+def test_judgements_of_other_settings_are_not_taken_for_these(refused):
+    for file in ("transcripts/debate/seed0/train_b.jsonl", "data/train_b.evidence.jsonl"):
+        write_text(Path("run/places_evidence", file), "")
+    write_text(Path("out/settings.json"), '{"lr": 0.5}')
+    refused("bench.orders", [], ("lr 0.5", "another folder"))
 
 
 @pytest.mark.parametrize("script", [W2S, TRAIN])

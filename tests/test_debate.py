@@ -155,7 +155,10 @@ def test_a_killed_run_continues_to_the_same_bytes(debater, samples, six_turns, t
     assert text.count(b"\n") == 24
     part.write_bytes(text[:-15])  # in the middle of the last line of the third of five chunks
     before, asked, kill_at = asked, [], None
-    assert transcripts(debater, samples, tmp_path, seeds=(0, 1), turns=6, chunk=8) == six_turns[0]
+    files = {k: tmp_path / f"seed{k}.jsonl" for k in (0, 1)}
+    cost = make_transcripts(lambda: debater, "sciq", "debate", samples, files, 6)
+    assert {k: path.read_bytes() for k, path in files.items()} == six_turns[0]
+    assert cost["turns"] == (2 * (40 - 24) + 1) * (6 - begun)  # of this time alone, as its seconds are
     assert before == [[s["id"] for s in c] for c in debate.chunks(samples, lambda _: 8)][:3]
     assert asked[0] == before[2] and len(asked) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed0.jsonl", "seed1.jsonl"]
@@ -303,7 +306,7 @@ def test_the_script_continues_its_own_transcripts_and_no_others(tiny_model, samp
     script(f"{same} --turns 1")
     script(f"{same} --turns 2 --seed 0 1")
     assert (turns(0), turns(1)) == (2, 2)
-    assert "nothing to do" in script(f"{same} --turns 2 --seed 1")[1]
+    assert "nothing to do" in script(f"{same} --turns 2 --seed 1 --cache-tokens 99")[1]  # a setting of speed
     for other in (f"--strong {tiny_model('qwen2')}", "--protocol consultancy", "--temperature 0.9"):
         code, _, told = script(f"{same} --turns 2 {other}")
         assert code == 2 and "holds something else" in told and told.count("\n") == 1

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from test_robust import die_at
 
 import stages
+import steps
 import w2s
 from common import Ranks, read_jsonl, world, write_jsonl
 from data.models import builtin_folder
 from generate import DebateConfig, ShardedDebater
+from model import ModelSpec
 from stages import Stage
 
 
@@ -136,6 +138,31 @@ def test_ranks_that_share_a_model_take_the_same_tokens_though_their_logits_diffe
     finish(start(2, sampled, tmp_path))
     first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
     assert first == second and len(set(first)) > 10
+
+
+def answered(folder: Path, model: str, engine: str) -> None:
+    settings, asked = DebateConfig(engine=engine, dtype="float32"), steps.ZeroShot(ModelSpec.parse(model), False)
+    steps.make_zero_shot(steps.Files(folder, "sciq"), asked, settings, folder / engine, world(), steps.Held())
+
+
+def test_ranks_that_share_a_model_answer_together_without_training(tiny_model, samples, tmp_path):
+    model = tiny_model("llama")
+    for part in ("train_b", "test"):
+        write_jsonl(tmp_path / f"data/{part}.jsonl", samples)
+    finish(start(2, answered, tmp_path, model, "sharded"))
+    answered(tmp_path, model, "replicated")
+    shared, alone = (
+        torch.tensor([r["probs"] for r in read_jsonl(tmp_path / engine / "test.jsonl")])
+        for engine in ("sharded", "replicated")
+    )
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=0)
+    assert len(shared.unique(dim=0)) > 10
+
+
+@pytest.mark.parametrize("who, engine", [("zero_shot_strong", "sharded"), ("zero_shot_weak", "replicated")])
+def test_a_strong_model_that_fits_no_gpu_is_never_loaded_whole(who, engine):
+    stage = w2s.Experiment(w2s.Config.of("sciq", preset="smoke", engine="sharded"), "sciq").zero_shot(who)
+    assert stage.make.args[2].engine == engine
 
 
 def peak_memory(file: Path, *command) -> None:

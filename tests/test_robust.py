@@ -11,7 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import SMOKE, call, finish, products, run, start
+
+from common import run_script
+from stages import Stage, State, read_manifest
 
 KILLS = int(os.environ.get("W2S_KILLS", 10))
 
@@ -46,6 +50,48 @@ def test_killed_anywhere_and_resumed_is_the_same_to_the_byte(smoke, tmp_path):
             kills += 1
     finish(start(1, call, ("w2s", *SMOKE, out)))
     assert products(out) == products(smoke)
+
+
+class Killed(Exception):
+    pass
+
+
+def of_two_files(folder: Path, n: int, cost: str, killed: bool = False) -> Stage:
+    """A stage whose two files hold at least n; killed, it is after the first of them."""
+
+    def make(out: Path, *_) -> dict:
+        for name in ("a", "b"):
+            (out / name).write_text(str(n))
+            if killed:
+                raise Killed
+        return {cost: 10}
+
+    return Stage(folder, {"lr": 1}, {}, make, minimum={"n": n})
+
+
+@pytest.mark.parametrize(
+    "cost, in_all", [("new_tokens", 20), ("train_tokens", 10)]
+)  # debates are continued, finetunings repeated
+def test_what_was_killed_while_it_grew_is_continued_and_costs_what_it_did(cost, in_all, tmp_path):
+    folder = tmp_path / "stage"
+    assert of_two_files(folder, 1, cost).run()
+    with pytest.raises(Killed):
+        of_two_files(folder, 2, cost, killed=True).run()
+    for n in (1, 2):  # what it holds now is not what its manifest says, so it is not done
+        assert of_two_files(folder, n, cost).state()[0] is State.SHORT
+    assert of_two_files(folder, 2, cost).run() and not of_two_files(folder, 2, cost).run()
+    assert [p.name for p in tmp_path.iterdir()] == ["stage"] and read_manifest(folder)[cost] == in_all
+    (folder / "a").write_text("by hand")
+    assert of_two_files(folder, 2, cost).state()[0] is State.STALE
+
+
+def test_an_error_without_words_is_named(capsys):
+    def out_of_memory() -> None:
+        raise MemoryError
+
+    with pytest.raises(SystemExit):
+        run_script(out_of_memory)
+    assert capsys.readouterr().err == "error: MemoryError\n"
 
 
 def without_room(*commands) -> None:
@@ -112,8 +158,8 @@ BROKEN = [  # stage, file, how, what is said of it
 
 
 def test_broken_files_are_named_kept_aside_and_made_again(smoke, copied, capsys):
-    taken = copied / "sciq/data.stale1"
-    taken.mkdir()
+    taken = copied / "sciq/stale/data.1"
+    taken.mkdir(parents=True)
     (taken / "kept.txt").write_text("of an earlier run")
     for stage, file, how, _ in BROKEN:
         how(copied / "sciq" / stage / file)
@@ -123,11 +169,13 @@ def test_broken_files_are_named_kept_aside_and_made_again(smoke, copied, capsys)
     assert len(told) == len(BROKEN)  # nothing else was stale: what is made again is the same
     for stage, _, _, what in BROKEN:
         assert any(f"/{stage} (" in line and what in line for line in told), stage
-        aside = copied / f"sciq/{stage}.stale{2 if stage == 'data' else 1}"
+        folder = (copied / "sciq" / stage).parent
+        aside = folder / f"stale/{Path(stage).name}.{2 if stage == 'data' else 1}"
         assert content_of(aside) == spoiled[stage]
         shutil.rmtree(aside)
     assert [p.name for p in taken.iterdir()] == ["kept.txt"]
-    shutil.rmtree(taken)
+    for folder in list(copied.rglob("stale")):
+        shutil.rmtree(folder)
     assert products(copied) == products(smoke)
 
 

@@ -123,6 +123,8 @@ def test_longer_inputs_are_cut_and_counted(classifier, samples):
     lengths = [len(s["text"]) for s in samples]
     assert 0 < cost["cut_inputs"] == sum(n > 12 for n in lengths) < 40
     assert cost["train_tokens"] == sum(min(n, 12) for n in lengths)
+    whole, n_cut = classifier.encode(["abcdefghij"], 99)
+    assert n_cut == 0 and classifier.encode(["abcdefghij"], 5)[0] == [[*whole[0][:3], *whole[0][-2:]]]  # both ends stay
 
 
 def test_bfloat16_weights_follow_float32_masters():

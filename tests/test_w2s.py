@@ -116,8 +116,10 @@ def test_a_longer_and_larger_debate_leaves_the_rest_alone(copied, status, capsys
     wanted = {f"predictions/weak-debate-d{k}-t4-f0-s0" for k in range(4)}
     wanted |= {"transcripts/debate", "predictions/weak-debate-d4-t3-f0-s0"}
     wanted |= {f"weak_labels/{name}/seed0" for name in added} | {f"predictions/strong-{name}-s0" for name in added}
-    assert made == {f"sciq/{name}" for name in wanted} and not list(copied.rglob("*.stale*"))
+    assert made == {f"sciq/{name}" for name in wanted} and not list(copied.rglob("stale"))
     after = products(copied)
+    cost = json.loads((copied / "sciq/transcripts/debate/manifest.json").read_text())
+    assert sorted(cost["tokens"]) == list("01234")  # also of the sets that were not continued this time
     longer = {name for name in before if name.startswith("sciq/") and before[name] != after[name]}
     files = {f"sciq/transcripts/debate/seed{k}/{part}.jsonl" for k in range(4) for part in ("train_a", "train_b")}
     assert longer == files | {"sciq/transcripts/debate/manifest.json"}
@@ -128,6 +130,14 @@ def test_a_longer_and_larger_debate_leaves_the_rest_alone(copied, status, capsys
     found = [line.split(",")[1:3] for line in points.splitlines() if line.startswith("sciq")]
     assert found == [["1", "single"], ["4", "ours"], ["5", "ensemble_5"], ["3", "ours"], ["4", "turns_4"]]
     assert {row["state"] for row in status(copied).values()} == {"done"}  # debates may hold more than is asked for
+
+
+def test_points_that_the_paper_does_not_draw_are_run_where_they_are_named():
+    def chosen(**given) -> set[str]:
+        return set(w2s.Experiment(w2s.Config.of("boolq", preset="smoke", **given), "boolq").methods())
+
+    assert "ours" in chosen() and not chosen() & {"turns_4", "ensemble_5", "evidence"}
+    assert chosen(methods=("turns_4",)) == {"turns_4"}
 
 
 READ_BY = [
