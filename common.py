@@ -155,6 +155,11 @@ def distributed() -> Iterator[None]:
 
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSON-lines file, also gzipped. Raises InputError naming the file, and the line that is no JSON object."""
+    return [row for _, row in numbered_jsonl(path)]
+
+
+def numbered_jsonl(path: Path) -> list[tuple[int, dict]]:
+    """The same with the number of each row's line, from 1."""
     rows = []
     try:
         raw = Path(path).read_bytes()
@@ -175,7 +180,7 @@ def read_jsonl(path: Path) -> list[dict]:
                 raise InputError(f"{path}:{number}: not JSON ({e})") from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: expected a JSON object, got {line[:40]!r}")
-            rows.append(row)
+            rows.append((number, row))
     return rows
 
 

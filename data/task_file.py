@@ -20,13 +20,12 @@ put to the debaters. Each part of it may be left out:
 (--limit-train, --limit-test) hold for the file too.
 """
 
-import gzip
 import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import InputError, read_jsonl, stable_hash
+from common import InputError, numbered_jsonl, stable_hash
 
 MIN_ROWS = 8  # two halves and a test split, each with both labels
 DEFAULT = {
@@ -78,10 +77,7 @@ def numbered_rows(path: Path) -> list[tuple[int, dict]]:
     """Rows with the numbers of their lines, without the fields that are null."""
     if not path.is_file():
         raise InputError(f"--task-file {path}: no such file ({path.absolute()})")
-    rows = read_jsonl(path)  # says what is no JSON
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        numbers = [n for n, line in enumerate(file, 1) if line.strip()]
-    return [(n, {k: v for k, v in row.items() if v is not None}) for n, row in zip(numbers, rows, strict=True)]
+    return [(n, {k: v for k, v in row.items() if v is not None}) for n, row in numbered_jsonl(path)]
 
 
 def is_text(value: object) -> bool:
