@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -54,10 +55,6 @@ from model import ModelSpec
 from stages import Stage, State, locked, read_manifest, settings_of
 from train import soft_labels
 
-PROTOCOLS = ("debate", "consultancy", "market_making", "independent")
-TWO_SIDED = ("debate", "independent")  # two speakers, of opposite sides; those of `independent` do not hear each other
-
-
 # ---- prompts (Tables 1 and 3; what they say of a task stands beside its formatter in data/prepare.py) ----
 
 DEBATE_TURNS = (
@@ -67,18 +64,41 @@ DEBATE_TURNS = (
 )
 
 
+class Protocol(NamedTuple):
+    """Who speaks, in turn, two of them for opposite sides; what each turn asks for, the last of `asked` ever after; whether
+    speakers hear what was said; and how the sample is introduced."""
+
+    speakers: tuple[str, ...]
+    asked: tuple[str, ...]
+    hears: bool = True
+    introduction: str = "{shown}"
+
+
+DEBATERS, CONSULTANT, FIRST = ("Debater A", "Debater B"), ("Consultant",), DEBATE_TURNS[:1]
+PROTOCOLS = {
+    "debate": Protocol(
+        DEBATERS, DEBATE_TURNS, introduction="{shown} Debate with another opponent for whether {debated}."
+    ),
+    "consultancy": Protocol(CONSULTANT, FIRST),
+    "market_making": Protocol(CONSULTANT, FIRST),  # for the side that the weak model does not choose
+    "independent": Protocol(DEBATERS, FIRST, hears=False),  # a control that the paper lacks
+}
+
+
 def introduction(task: str, protocol: str) -> str:
     w = TASKS[task].wording
-    return f"{w.shown} Debate with another opponent for whether {w.debated}." if protocol == "debate" else w.shown
+    return PROTOCOLS[protocol].introduction.format(shown=w.shown, debated=w.debated)
 
 
 def instruction(task: str, protocol: str, turn: int, side: int) -> str:
-    """What the speaker of `turn` (from 0) is told, arguing for class `side`; who hears no opponent, always the first."""
-    return DEBATE_TURNS[min(turn, 2) if protocol == "debate" else 0].format(claim=TASKS[task].wording.claims(side))
+    """What the speaker of `turn` (from 0) is told, arguing for class `side`."""
+    asked = PROTOCOLS[protocol].asked
+    return asked[min(turn, len(asked) - 1)].format(claim=TASKS[task].wording.claims(side))
 
 
 def speaker(protocol: str, turn: int) -> str:
-    return f"Debater {'AB'[turn % 2]}" if protocol in TWO_SIDED else "Consultant"
+    speakers = PROTOCOLS[protocol].speakers
+    return speakers[turn % len(speakers)]
 
 
 def assign_side(sample_id: str, turn: int) -> int:
@@ -135,7 +155,7 @@ def zero_shot(debater: Debater, task: str, samples: list[dict], ranks: Ranks = A
     claim = TASKS[task].wording.claim.format(side="").strip()
     question = f"Decide whether {TASKS[task].wording.debated}.{debater.after or chr(10)}{claim[0].upper()}{claim[1:]}"
     for chunk in list(chunks(samples, lambda n: debater.batch_size(n, seeds=1, turns=1)))[ranks.rank :: ranks.size]:
-        prompts = [encode_question(debater, task, "zero_shot", s) for s in chunk]
+        prompts = [encode_question(debater, task, "consultancy", s) for s in chunk]  # no opponent is announced
         log_p = debater.log_likelihoods(prompts, debater.tokens(question), sides)
         odds |= {s["id"]: one - zero for s, (zero, one) in zip(chunk, log_p, strict=True)}
     odds = {id: x for of_rank in ranks.gather(odds) for id, x in of_rank.items()}
@@ -162,7 +182,7 @@ def run_protocol(
         rows = [{"id": samples[s]["id"], "sides": [], "turns": [], "n_tokens": []} for s, _ in pairs]
     else:
         rows = [copy.deepcopy(begun[k][s]) for s, k in pairs]
-    start, hears = len(rows[0]["turns"]), protocol != "independent"
+    start, speakers, hears = len(rows[0]["turns"]), len(PROTOCOLS[protocol].speakers), PROTOCOLS[protocol].hears
     questions = [encode_question(debater, task, protocol, s) for s in samples]
     session = debater.prefill(questions, copies=K if start else 1)  # up to the first turn, all seeds read the same
     unheard = range(start)  # turns that the cache does not hold yet
@@ -170,7 +190,7 @@ def run_protocol(
         if protocol == "market_making":
             sides = [1 - c for c in choose([samples[s] for s, _ in pairs], rows)]
         else:
-            sides = [assign_side(r["id"], turn if protocol in TWO_SIDED else 0) for r in rows]
+            sides = [assign_side(r["id"], turn % speakers) for r in rows]
         keys = [("noise", seeds[k], samples[s]["id"], turn) for s, k in pairs]
         said = [[encode_turn(debater, protocol, t, r["turns"][t]) for r in rows] for t in unheard if hears]
         prompts = [encode_instruction(debater, task, protocol, turn, side) for side in sides]
@@ -309,7 +329,7 @@ def show(task: str, protocol: str, sample: dict, row: dict) -> str:
 @dataclasses.dataclass(frozen=True)
 class Args(DebateConfig):
     task: str = flag("sciq", "whose wording the prompts have", choices=tuple(TASKS))
-    protocol: str = flag("debate", "who argues for what", choices=PROTOCOLS)
+    protocol: str = flag("debate", "who argues for what", choices=tuple(PROTOCOLS))
     samples: str = flag("", "JSON lines with id, text and, if the debaters hold any, evidence")
     strong: str = flag("smollm2-135m", "the debating model: hub id, folder or built-in model")
     choices: str = flag("", "market-making: the weak model's predictions (id, probs), whose choice is argued against")

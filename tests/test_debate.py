@@ -237,7 +237,7 @@ def test_zero_shot_is_the_likelihood_of_the_two_sides_about_its_median(debater, 
     batch, odds = [s | {"evidence": "It is so."} for s in samples[:5]], []
     asked = debater.tokens("Decide whether the answer is correct or incorrect.\nThe answer is")
     for s in batch:
-        prompt, log_p = encode_question(debater, "sciq", "zero_shot", s) + asked, []
+        prompt, log_p = encode_question(debater, "sciq", "consultancy", s) + asked, []
         for side in ("incorrect", "correct"):
             word = debater.tokens(f" {side}")
             with torch.no_grad():
