@@ -3,6 +3,7 @@
 #
 #   sciq       SciQ with evidence: ours, one judge, one turn, other protocols, controls, the bound, other losses
 #   seeds      the main rows with more seeds
+#   paper      ours where nobody holds a passage, as in the paper, beside ours where the debaters do
 #   knowledge  debaters who hold the passage, half of it, that of another question, or none
 #   gap-N      the weak model is the strong one's first N blocks (here 3 and 12)
 #
@@ -39,16 +40,20 @@ take() { # part, what it takes over of sciq's stages
   for stage in "${@:2}"; do cp -ru "$out"/sciq/sciq_evidence/predictions/$stage "$out/$1/sciq_evidence/predictions"; done
 }
 
-for part in ${@:-sciq seeds knowledge gap-3 gap-12}; do
+for part in ${@:-sciq seeds paper knowledge gap-3 gap-12}; do
   case $part in
     sciq)
       run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 consultancy consultancy_single \
-        independent_single other_debate_single no_argument naive_ensemble evidence" --tasks sciq_evidence
+        independent independent_single other_debate_single no_argument naive_ensemble evidence" --tasks sciq_evidence
       ;;
     seeds)
       take $part weak-{naive,debate-d?-t3,consultancy-d?-t3}-f0-s? strong-{ceiling,finetune,single,ours,consultancy}-s? \
         'zero-shot-*'
       SEEDS=${SEEDS:-0 1 2 3 4} run $part "finetune single ours consultancy" --tasks sciq_evidence
+      ;;
+    paper)
+      take $part weak-{naive,debate-d?-t3}-f0-s? strong-{ceiling,finetune,ours}-s? 'zero-shot-*'
+      run $part "finetune ours" --tasks sciq_evidence sciq
       ;;
     knowledge)
       take $part 'weak-naive-f0-s?' 'weak-debate-d0-t3-f0-s?' 'strong-ceiling-s?' 'strong-finetune-s?' 'zero-shot-*'
@@ -58,6 +63,6 @@ for part in ${@:-sciq seeds knowledge gap-3 gap-12}; do
       take $part 'strong-ceiling-s?' zero-shot-strong zero-shot-evidence
       run $part "finetune single" --tasks sciq_evidence --weak "smollm2-135m:${part#gap-}"
       ;;
-    *) echo "$part: choose from sciq, seeds, knowledge, gap-3, gap-12" >&2 && exit 2 ;;
+    *) echo "$part: choose from sciq, seeds, paper, knowledge, gap-3, gap-12" >&2 && exit 2 ;;
   esac
 done
