@@ -111,7 +111,8 @@ def test_status_tells_what_runs_and_what_is_left(copied, status):
 def test_a_longer_and_larger_debate_leaves_the_rest_alone(copied, status, capsys):
     before = products(copied)
     added = ("ensemble_5", "turns_4")
-    assert run("w2s", *SMOKE, copied, "--methods", *METHODS, *added) == 0
+    for names in (added[:1], added[1:], added):
+        assert run("w2s", *SMOKE, copied, "--methods", *METHODS, *names) == 0
     made = set(re.findall(r"^\[.*\] (\S+): ", capsys.readouterr().out, re.MULTILINE))
     wanted = {f"predictions/weak-debate-d{k}-t4-f0-s0" for k in range(4)}
     wanted |= {"transcripts/debate", "predictions/weak-debate-d4-t3-f0-s0"}
