@@ -99,7 +99,8 @@ class Stage:
             want = self.wanted()
         except FileNotFoundError as e:
             return (State.STALE if have else State.MISSING), [f"input {e.filename} is missing"]
-        if have is None and read_json(self.folder / "started.json") == want:
+        begun_for_this = read_json(self.folder / "started.json") == want
+        if have is None and begun_for_this:
             return State.BEGUN, []
         if have is None:
             begun = "started.json" in there
@@ -107,8 +108,8 @@ class Stage:
             return (State.STALE, [how]) if there - {"started.json"} else (State.MISSING, [])
         if not have:
             return State.STALE, ["manifest.json is not readable"]
-        changed, continued = self.changed_outputs(have), read_json(self.folder / "started.json") == want
-        if why := differences(self.filled(have), want) + ([] if continued else changed):
+        changed = self.changed_outputs(have)
+        if why := differences(self.filled(have), want) + ([] if begun_for_this else changed):
             return State.STALE, why
         got = have.get("minimum", {})
         few = [f"{k}: {got.get(k, 0)} -> {n}" for k, n in self.minimum.items() if got.get(k, 0) < n] or changed

@@ -109,16 +109,9 @@ def cell_number(cells: dict, method: str, field: str) -> Number | str:
 
 
 def mean_number(rows: list[dict], field: str) -> Number | str:
-    """The mean of a field over rows; empty where a row has none."""
-    values = [r.get(field) for r in rows]
-    if None in values:
-        return ""
-    return Number(formatted(field, sum(values) / len(values)), field, [r["digest"] for r in rows])
-
-
-def mean_over_sets(rows: list[dict], field: str) -> Number | str:
-    """The same of rows of judges: every set of debates counts once, however many judges read it."""
-    values = [[r.get(field) for r in of] for of in by(rows, lambda r: r["debate_seed"]).values()]
+    """The mean of a field over rows; empty where a row has none. Of rows of judges every set of debates counts once, however
+    many judges read it."""
+    values = [[r.get(field) for r in of] for of in by(rows, lambda r: r.get("debate_seed")).values()]
     if any(None in of for of in values):
         return ""
     mean = sum(sum(of) / len(of) for of in values) / len(values)
@@ -151,13 +144,13 @@ def table_of_debates(report: Report) -> Table:
         for name, rows in named.items():
             (protocol, turns), cell = name, cells.get(name, {})
             sets = Number(str(len({r["debate_seed"] for r in rows})), "sets", digests[name])
-            accuracy, minus = mean_over_sets(rows, "judge_accuracy"), ""
+            accuracy, minus = mean_number(rows, "judge_accuracy"), ""
             if "accuracy" in cell:
                 accuracy = Number(with_interval(cell, "accuracy"), "judge_accuracy", digests[name])
             if "diff_vs_debate" in cell:
                 both = digests[name] + digests["debate", turns]
                 minus = Number(with_interval(cell, "diff_vs_debate"), "diff_vs_debate", both)
-            others = [mean_over_sets(rows, field) for field in DEBATES]
+            others = [mean_number(rows, field) for field in DEBATES]
             lines.append([f"{protocol.replace('_', '-')}, {turns} turns", sets, accuracy, minus, *others])
         parts.append((lines, []))
     return Table("debates", "What the debates did", parts, DEBATES_NOTE)

@@ -69,9 +69,7 @@ def of_two_files(folder: Path, n: int, cost: str, killed: bool = False) -> Stage
     return Stage(folder, {"lr": 1}, {}, make, minimum={"n": n})
 
 
-@pytest.mark.parametrize(
-    "cost, in_all", [("new_tokens", 20), ("train_tokens", 10)]
-)  # debates are continued, finetunings repeated
+@pytest.mark.parametrize("cost, in_all", [("new_tokens", 20), ("train_tokens", 10)])  # of debates, of a finetuning
 def test_what_was_killed_while_it_grew_is_continued_and_costs_what_it_did(cost, in_all, tmp_path):
     folder = tmp_path / "stage"
     assert of_two_files(folder, 1, cost).run()

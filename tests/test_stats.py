@@ -218,6 +218,6 @@ def test_the_largest_study_is_small():
 
 def test_a_set_of_debates_counts_once_however_many_judges_read_it():
     rows = [{"debate_seed": k, "changed": x, "digest": str(x)} for k, x in ((0, 0.1), (0, 0.2), (0, 0.3), (1, 0.4))]
-    number = tables.mean_over_sets(rows, "changed")
+    number = tables.mean_number(rows, "changed")
     assert number.text == "30.0" and number.rows == ["0.1", "0.2", "0.3", "0.4"]
-    assert tables.mean_over_sets([*rows, {"debate_seed": 2, "digest": ""}], "changed") == ""
+    assert tables.mean_number([*rows, {"debate_seed": 2, "digest": ""}], "changed") == ""
