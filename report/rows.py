@@ -126,13 +126,14 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
     """How often a judge is right about the debates of train_b, and how it differs from the weak floor, which reads none.
 
     Lengths are in tokens of the debater; the quarters are of equal size, the shortest transcripts first. `right` says which
-    samples it gets right.
+    samples it gets right; `repeated`, how many of the turns after the first are an earlier turn of the debate, word for word.
     """
     gold = out / run.task / "data/train_b.gold.jsonl"
     paths = {"transcripts": transcripts, "before": floor, "predictions": predictions}
     (before, labels), (after, _) = scored(floor, gold), scored(predictions, gold)
     debates = align_by_id(read_jsonl(transcripts), [r["id"] for r in read_jsonl(gold)], str(transcripts))
     length = np.array([sum(r["n_tokens"][: run.turns]) for r in debates])
+    again = [text in r["turns"][:t] for r in debates for t, text in enumerate(r["turns"][: run.turns]) if t]
     first = np.array([r["sides"][0] for r in debates])
     answer, right, changed = after.argmax(1), after.argmax(1) == labels, after.argmax(1) != before.argmax(1)
     row = {
@@ -143,7 +144,7 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
     }  # fmt: skip
     for n, quarter in enumerate(np.array_split(np.argsort(length, kind="stable"), 4), 1):
         row[f"accuracy_quarter_{n}"] = mean(right[quarter])
-    row["mean_tokens"] = round(float(length.mean()), 3)
+    row |= {"mean_tokens": round(float(length.mean()), 3), "repeated": mean(np.array(again))}
     return row | {"digest": digest(row)}
 
 

@@ -38,12 +38,12 @@ DEBATES_NOTE = (
     "Means over sets of debates, of each over the judges that read it, on train_b. Accuracy and, in points, what it is more than "
     "that of judges of debates with as many turns, paired: [95% interval over sets, seeds and samples; one set alone does not "
     "vary]. Changed: other than the answer of the weak floor, which reads no transcript. Quarters: judge accuracy by length of "
-    "the transcript, whose mean is in tokens."
+    "the transcript, whose mean is in tokens. Repeated: turns after the first that are an earlier one, word for word."
 )
 DEBATES = {
     "first_speaker_wins": "first speaker wins %", "changed": "answer changed %", "to_right": "to right %", "to_wrong": "to wrong %",
     "accuracy_quarter_1": "shortest quarter %", "accuracy_quarter_2": "second %", "accuracy_quarter_3": "third %",
-    "accuracy_quarter_4": "longest %", "mean_tokens": "tokens",
+    "accuracy_quarter_4": "longest %", "mean_tokens": "tokens", "repeated": "turns repeated %",
 }  # fmt: skip
 FORMATS = {
     "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_ours": "+.1%",
@@ -140,7 +140,8 @@ def table_of_debates(report: Report) -> Table:
     for task, of_task in by(report.debates, lambda r: r["task"]).items():
         cells, named = judged(of_task), by(of_task, lambda r: (r["protocol"], r["turns"]))
         digests = {name: [r["digest"] for r in rows] for name, rows in named.items()}
-        lines = [[task, "sets", "judge accuracy %", "minus debate", *DEBATES.values()]]
+        fields = [f for f in DEBATES if any(f in r for r in of_task)]  # rows of before `repeated` was counted lack it
+        lines = [[task, "sets", "judge accuracy %", "minus debate", *map(DEBATES.get, fields)]]
         for name, rows in named.items():
             (protocol, turns), cell = name, cells.get(name, {})
             sets = Number(str(len({r["debate_seed"] for r in rows})), "sets", digests[name])
@@ -150,7 +151,7 @@ def table_of_debates(report: Report) -> Table:
             if "diff_vs_debate" in cell:
                 both = digests[name] + digests["debate", turns]
                 minus = Number(with_interval(cell, "diff_vs_debate"), "diff_vs_debate", both)
-            others = [mean_number(rows, field) for field in DEBATES]
+            others = [mean_number(rows, field) for field in fields]
             lines.append([f"{protocol.replace('_', '-')}, {turns} turns", sets, accuracy, minus, *others])
         parts.append((lines, []))
     return Table("debates", "What the debates did", parts, DEBATES_NOTE)

@@ -213,6 +213,7 @@ def test_what_debates_did_is_counted_right(small):
     } | {f"accuracy_quarter_{q + 1}": right[10 * q : 10 * q + 10] for q in range(4)}  # sample i has i + 1 tokens  # fmt: skip
     assert {k: row[k] for k in wanted} == pytest.approx({k: x.mean() for k, x in wanted.items()}) and changed.any()
     assert row["mean_tokens"] == np.mean(range(1, 41)) + 3 + 1  # three turns of the four
+    assert row["repeated"] == 0.5  # the second turn is the first one reversed, which is "aaa" again
     student = report.rows[-1]  # pays for two judges, and for three turns of each debate seed
     assert student["supervision_tokens"] == 2 * 4000 + 2 * (100 + 10 + 1)
     assert student["supervision_seconds"] == 2 * 3.0 + 8.0 * (80 * 3 * 2) / (8 * 40 * 2)
