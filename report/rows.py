@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import NamedTuple
@@ -128,10 +129,12 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
     Lengths are in tokens of the debater; the quarters are of equal size, the shortest transcripts first. `right` says which
     samples it gets right; `repeated`, how many of the turns after the first are an earlier turn of the debate, word for word.
     """
-    gold = out / run.task / "data/train_b.gold.jsonl"
+    data = out / run.task / "data"
+    gold = data / "train_b.gold.jsonl"
     paths = {"transcripts": transcripts, "before": floor, "predictions": predictions}
     (before, labels), (after, _) = scored(floor, gold), scored(predictions, gold)
-    debates = align_by_id(read_jsonl(transcripts), [r["id"] for r in read_jsonl(gold)], str(transcripts))
+    ids = [r["id"] for r in read_jsonl(gold)]
+    debates = align_by_id(read_jsonl(transcripts), ids, str(transcripts))
     length = np.array([sum(r["n_tokens"][: run.turns]) for r in debates])
     again = [text in r["turns"][:t] for r in debates for t, text in enumerate(r["turns"][: run.turns]) if t]
     first = np.array([r["sides"][0] for r in debates])
@@ -145,7 +148,24 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
     for n, quarter in enumerate(np.array_split(np.argsort(length, kind="stable"), 4), 1):
         row[f"accuracy_quarter_{n}"] = mean(right[quarter])
     row |= {"mean_tokens": round(float(length.mean()), 3), "repeated": mean(np.array(again))}
+    if (evidence := data / "train_b.evidence.jsonl").exists():
+        held = (align_by_id(read_jsonl(path), ids, str(path)) for path in (evidence, data / "train_b.jsonl"))
+        told = zip(debates, *held, strict=True)
+        quoting = np.array([quotes(r["turns"][: run.turns], e["evidence"], s["text"]) for r, e, s in told])
+        row |= {"quoting": mean(quoting), "accuracy_quoting": mean(right[quoting])}
+        row |= {"accuracy_not_quoting": mean(right[~quoting])}
     return row | {"digest": digest(row)}
+
+
+def quotes(turns: list[str], evidence: str, question: str) -> bool:
+    """Whether a turn holds five words in a row of the evidence that the question does not hold."""
+    new = word_runs(evidence) - word_runs(question)
+    return any(word_runs(text) & new for text in turns)
+
+
+def word_runs(text: str, n: int = 5) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + n]) for start in range(len(words) - n + 1)}
 
 
 def scored(predictions: Path, gold: Path) -> tuple[np.ndarray, np.ndarray]:

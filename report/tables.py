@@ -38,12 +38,14 @@ DEBATES_NOTE = (
     "Means over sets of debates, of each over the judges that read it, on train_b. Accuracy and, in points, what it is more than "
     "that of judges of debates with as many turns, paired: [95% interval over sets, seeds and samples; one set alone does not "
     "vary]. Changed: other than the answer of the weak floor, which reads no transcript. Quarters: judge accuracy by length of "
-    "the transcript, whose mean is in tokens. Repeated: turns after the first that are an earlier one, word for word."
+    "the transcript, whose mean is in tokens. Repeated: turns after the first that are an earlier one, word for word. "
+    "Quote: hold five words in a row of the evidence that the question does not hold."
 )
 DEBATES = {
     "first_speaker_wins": "first speaker wins %", "changed": "answer changed %", "to_right": "to right %", "to_wrong": "to wrong %",
     "accuracy_quarter_1": "shortest quarter %", "accuracy_quarter_2": "second %", "accuracy_quarter_3": "third %",
     "accuracy_quarter_4": "longest %", "mean_tokens": "tokens", "repeated": "turns repeated %",
+    "quoting": "quote the evidence %", "accuracy_quoting": "judge accuracy there %", "accuracy_not_quoting": "elsewhere %",
 }  # fmt: skip
 FORMATS = {
     "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_ours": "+.1%",

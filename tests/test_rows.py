@@ -1,0 +1,63 @@
+"""What is counted of debates, on four of them written by hand."""
+
+import json
+
+import pytest
+
+from common import write_jsonl, write_text
+from report.rows import Reported, debate_row, quotes
+from report.tables import Report, table_of_debates
+from stages import Stage
+
+PASSAGE = "Its capital is the old town of Bern, they say."
+DEBATES = [
+    ["The capital is the old town of Bern.", "the capital is the old town of Bern.", "It is not."],  # quotes it
+    ["No.", "No.", "No."],
+    ["Perhaps.", "No.", "Perhaps."],
+    ["Is the old town of Bern the capital?", "It is.", "It is not."],  # only what the question says
+]
+
+
+def row_of(tmp_path, turns: int, evidence: bool) -> dict:
+    data, floor, judge = (tmp_path / name for name in ("sciq/data", "floor", "judge"))
+    ids = [f"s{i}" for i in range(4)]
+    questions = ["Where?", "Where?", "Where?", "Is the old town of Bern the capital?"]
+    write_jsonl(data / "train_b.gold.jsonl", [{"id": i, "label": 1} for i in ids])
+    write_jsonl(data / "train_b.jsonl", [{"id": i, "text": q} for i, q in zip(ids, questions, strict=True)])
+    if evidence:
+        write_jsonl(data / "train_b.evidence.jsonl", [{"id": i, "evidence": PASSAGE} for i in ids])
+    said = [{"id": i, "sides": [0, 1, 0], "turns": t, "n_tokens": [1, 1, 1]} for i, t in zip(ids, DEBATES, strict=True)]
+    write_jsonl(tmp_path / "said.jsonl", said)
+    made = {"config": {}, "inputs": {}, "commit": "abc", "device": "cpu", "seconds": 1.0}
+    for folder, ones in ((floor, [0, 0, 0, 0]), (judge, [1, 0, 1, 0])):
+        write_jsonl(folder / "train_b.jsonl", [{"id": i, "probs": [1 - y, y]} for i, y in zip(ids, ones, strict=True)])
+        write_text(folder / "manifest.json", json.dumps(made))
+    run = Reported("sciq", "ours", 0, Stage(judge, {}, {}, lambda out: {}), reads="debate", turns=turns)
+    seeds = {"debate_seed": 0, "finetune_seed": 0, "seed": 0}
+    return debate_row(tmp_path, run, seeds, tmp_path / "said.jsonl", floor / "train_b.jsonl", judge / "train_b.jsonl")
+
+
+def test_turns_that_repeat_an_earlier_one_are_counted(tmp_path):
+    assert row_of(tmp_path, 3, evidence=False)["repeated"] == (2 + 1) / 8  # "the" is not "The"
+    assert row_of(tmp_path, 2, evidence=False)["repeated"] == 1 / 4
+    assert row_of(tmp_path, 1, evidence=False)["repeated"] is None
+
+
+def test_debates_that_quote_the_evidence_are_counted_and_how_they_are_judged(tmp_path):
+    row = row_of(tmp_path, 3, evidence=True)
+    counted = {k: row[k] for k in ("quoting", "accuracy_quoting", "accuracy_not_quoting")}
+    assert counted == pytest.approx({"quoting": 1 / 4, "accuracy_quoting": 1, "accuracy_not_quoting": 1 / 3}, abs=1e-6)
+    without = row_of(tmp_path / "without", 3, evidence=False)
+    assert not counted.keys() & without.keys()
+    heads = [
+        [str(head) for head in table_of_debates(Report(tmp_path, [], rows, {}, {}, {}, 0)).parts[0][0][0]]
+        for rows in ([row], [without])
+    ]
+    assert set(heads[0]) - set(heads[1]) == {"quote the evidence %", "judge accuracy there %", "elsewhere %"}
+
+
+def test_a_quote_has_five_words_in_a_row():
+    assert quotes(["It is the OLD town, of Bern!"], PASSAGE, "") and quotes(
+        ["", "capital is the old town"], PASSAGE, ""
+    )
+    assert not quotes(["The old town of Bern"[4:], "its capital is the new town of Bern"], PASSAGE, "")
