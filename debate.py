@@ -52,6 +52,7 @@ from common import (
 from data.prepare import TASKS
 from generate import ENGINES, DebateConfig, Debater
 from model import ModelSpec
+from reach import reached
 from stages import Stage, State, locked, read_manifest, settings_of
 from train import soft_labels
 
@@ -374,9 +375,13 @@ def main() -> None:
     def make(folder: Path, ranks: Ranks) -> dict:
         return make_transcripts(debater, args.task, args.protocol, samples, files, args.turns, choose, ranks)
 
-    asked = {"task": args.task, "protocol": args.protocol, "model": spec.identity()}
+    wording = dataclasses.asdict(TASKS[args.task].wording)
+    asked = {"task": args.task, "protocol": args.protocol, "model": spec.identity(), "wording": wording}
     turns = {str(k): args.turns for k in args.seed}
-    stage = Stage(out, inputs=inputs, make=make, minimum=turns, on_all_ranks=True, **settings_of(config, **asked))
+    code = reached([make_transcripts, ENGINES[config.engine]])
+    stage = Stage(
+        out, inputs=inputs, make=make, minimum=turns, code=code, on_all_ranks=True, **settings_of(config, **asked)
+    )
     state, why = stage.state()
     if state is State.STALE:
         raise InputError(f"--out {args.out!r} holds something else ({'; '.join(why)}); name another folder")

@@ -241,6 +241,7 @@ class Debater:
     """The strong model as a speaker: prompts in, arguments out."""
 
     def __init__(self, spec: ModelSpec, config: DebateConfig, ranks: Ranks = ALONE):
+        self.check(spec, ranks)
         self.spec, self.config, self.ranks = spec, config, ranks
         self.tokenizer = load_tokenizer(spec)
         check_chat(spec, config.chat, self.tokenizer)
@@ -256,6 +257,10 @@ class Debater:
         self.is_end = torch.zeros(load_config(spec).vocab_size, dtype=torch.bool, device=device())
         self.is_end[[i for i in ends if i < len(self.is_end)]] = True
         self.load()
+
+    @classmethod
+    def check(cls, spec: ModelSpec, ranks: Ranks) -> None:
+        """Raises InputError where so many processes cannot debate with this model; loads no weights."""
 
     def load(self, parallel=None) -> None:
         transformers.AttentionInterface.register("grouped", grouped_attention)
@@ -352,13 +357,16 @@ class ShardedDebater(Debater):
     """One copy of the model over all processes, by transformers' tensor parallel plan: for one that fits no single GPU.
     All processes make the same batch; texts differ from the other engines' by rounding alone."""
 
-    def load(self) -> None:
-        if self.ranks.size == 1:
+    @classmethod
+    def check(cls, spec: ModelSpec, ranks: Ranks) -> None:
+        if ranks.size == 1:
             raise InputError("--engine sharded: spreads a model over processes, here is one; start with torchrun")
-        heads, n = load_config(self.spec).num_key_value_heads, self.ranks.size
+        heads, n = load_config(spec).num_key_value_heads, ranks.size
         if heads % n:
-            raise InputError(f"--engine sharded: {n} processes cannot share {heads} key heads of {self.spec.name!r}")
-        super().load(transformers.distributed.DistributedConfig(tp_size=n, tp_plan="auto"))
+            raise InputError(f"--engine sharded: {n} processes cannot share {heads} key heads of {spec.name!r}")
+
+    def load(self) -> None:
+        super().load(transformers.distributed.DistributedConfig(tp_size=self.ranks.size, tp_plan="auto"))
 
     def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
         """Rank 0's tokens on every rank: one bit that differs in the logits would end in caches that differ."""
@@ -371,13 +379,18 @@ class VllmDebater(Debater):
     """The same prompts and end tokens through vLLM, which the user installs, on one GPU. Untested on a GPU so far. Its noise
     is vLLM's own, seeded by (debate seed, sample id, turn): other texts, equal from run to run as far as its logits are."""
 
-    def load(self) -> None:
+    @classmethod
+    def check(cls, spec: ModelSpec, ranks: Ranks) -> None:
         try:
-            import vllm
+            import vllm  # noqa: F401
         except ImportError:
             raise InputError("--engine vllm: vllm is not installed; install it, or --engine replicated") from None
-        if self.spec.layers or self.ranks.size > 1:
+        if spec.layers or ranks.size > 1:
             raise InputError("--engine vllm: takes a whole model, and one process (no torchrun)")
+
+    def load(self) -> None:
+        import vllm
+
         source, config = self.spec.source(), self.config
         self.model = vllm.LLM(
             model=source["pretrained_model_name_or_path"], revision=source.get("revision"), enable_prefix_caching=True,

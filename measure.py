@@ -80,7 +80,7 @@ def estimated(plan, work) -> float:
 
 def debate_once(plan, work) -> float:
     settings = plan.c.settings(DebateConfig)
-    debater, (turns, seeds) = ENGINES[settings.engine](work.model, settings), plan.longest_debate(work)
+    debater, (turns, seeds) = ENGINES[settings.engine](work.model, settings, world()), plan.longest_debate(work)
     debater.is_end[:] = False  # every turn as long as it may be
     text, size = words(debater.tokenizer, sum(plan.longest)), plan.samples(work, turns, seeds, plan.longest)
     samples = [{"id": str(i), "text": text} for i in range(size)]

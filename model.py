@@ -40,7 +40,7 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, spec: str) -> "ModelSpec":
-        name, _, layers = spec.rpartition(":") if spec.rpartition(":")[2].isdigit() else (spec, "", "")
+        name, _, layers = spec.rpartition(":") if spec.rpartition(":")[2].isdecimal() else (spec, "", "")
         name, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
         if not name:
             raise InputError(f"model {spec!r}: no name; give a hub id, a folder or one of the built-in models")

@@ -154,6 +154,7 @@ class Stage:
             have = read_manifest(self.folder)
             if have != (filled := self.filled(have)):  # should a default change later, this is still known
                 write_manifest(self.folder, filled)
+            (self.folder / "started.json").unlink(missing_ok=True)  # of a run killed at its very end
         if state is State.DONE or state is State.MISSING and self.copied():
             return None
         if state is State.STALE:

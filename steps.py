@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -270,7 +271,8 @@ def make_head(files: Files, run: Run, read: Callable, all_runs: Callable, out: P
         parts = dict.fromkeys([run.part, *(part for r in alike for part in r.predicts)])
         texts = {part: [row["text"] for row in read(run, files, part)] for part in parts}
         labels = [train.soft_labels(labelled(files, r, read), 2) for r in alike]
-        classifier = held.classifier(run.model, run.train, ALONE)
+        # of its own: what `held.classifier` gives may hold the weights of the last finetuning
+        classifier = held.get(Classifier, run.model, 2, getattr(torch, run.train.dtype), run.train.kernels)
         probs = heads.finetune_and_predict(classifier, texts, run.part, labels, [r.train for r in alike])
         cost = {"seconds": round((time.time() - start) / len(alike), 3), "train_tokens": 0}
         held.heads |= {(files.task, r.name): (p, cost) for r, p in zip(alike, probs, strict=True)}
@@ -301,4 +303,6 @@ def joined(rows: list[dict], path: Path) -> list[dict]:
 def tokens_by_turn(folder: Path) -> list[int]:
     """Of all transcripts of a debate seed, how many tokens each turn has."""
     rows = [r["n_tokens"] for path in sorted(folder.glob("*.jsonl")) for r in read_jsonl(path)]
-    return [sum(turn) for turn in zip(*rows, strict=True)]
+    return [
+        sum(turn) for turn in itertools.zip_longest(*rows, fillvalue=0)
+    ]  # a killed run leaves more turns of one half

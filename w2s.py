@@ -314,6 +314,7 @@ def run(experiments: list[Experiment]) -> None:
     alone = config.engine != "sharded" and all(group_size(ranks.size, size) == 1 for size in sizes)
     if not alone:
         refuse_shared_gpus("--weak-gpus 1 --strong-gpus 1 --engine replicated")
+    generate.ENGINES[config.engine].check(experiments[0].strong, ranks)
     groups = {size: ranks.split(size) for size in dict.fromkeys((0, *sizes))}
     with locked(Path(config.out)):
         make_all([s for e in experiments for s in e.stages()], Path(config.out), groups)

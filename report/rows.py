@@ -117,8 +117,10 @@ def supervision_cost(out: Path, run: Reported) -> dict:
     debates = read_manifest(out / run.task / "transcripts" / run.protocol) if run.protocol else None
     if debates:
         seeds = {debate_seed for debate_seed, _ in run.judges}
+        if not debates["turns"] or not {str(k) for k in seeds} <= debates["tokens"].keys():
+            return {}  # the record of a killed run, or of other sets of debates
         samples = sum(len(read_jsonl(out / run.task / f"data/{part}.jsonl")) for part in ("train_a", "train_b"))
-        seconds += samples * run.turns * len(seeds) / max(1, debates["turns"]) * debates["seconds"]
+        seconds += samples * run.turns * len(seeds) / debates["turns"] * debates["seconds"]
         tokens += sum(sum(debates["tokens"][str(k)][: run.turns]) for k in seeds)
     return {"supervision_seconds": round(seconds, 3), "supervision_tokens": tokens}
 

@@ -18,25 +18,26 @@ def bootstrap_means(correct: dict[str, np.ndarray], resamples: int = 2000) -> di
     the usual spread the intervals cover the truth in 95% of studies; with two or three that differ much, in fewer (LOG.md).
     """
     rng = np.random.default_rng(0)
-    items, seeds = drawn_items_and_seeds(rng, *next(iter(correct.values())).shape, resamples)
-    return {name: (resampled_items(items, c) * seeds).sum(1) for name, c in correct.items()}
+    S, N = next(iter(correct.values())).shape
+    items, seeds = drawn_items(rng, N, resamples), drawn(rng, S, resamples)
+    return {name: (right(items, c) * seeds).sum(1) / (S * N) for name, c in correct.items()}
 
 
-def drawn_items_and_seeds(rng: np.random.Generator, S: int, N: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each item is drawn [R, N], and the share of the draws that each seed has [R, S]."""
-    items = np.stack([np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(resamples)], dtype=np.float32)
-    return items, shares(rng, S, resamples)
+def drawn_items(rng: np.random.Generator, N: int, resamples: int) -> np.ndarray:
+    """How often each item is drawn [R, N]."""
+    return np.stack([np.bincount(rng.integers(N, size=N), minlength=N) for _ in range(resamples)], dtype=np.float32)
 
 
-def shares(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
-    """The share [R, n] that each of n has of as many draws with replacement."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+def drawn(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    """How often each of n is drawn [R, n], in as many draws with replacement."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
-def resampled_items(items: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """Accuracies [R, ...] on the drawn items [R, N] of correct answers [..., N]."""
-    N = items.shape[1]
-    return (items @ (correct.reshape(-1, N) / N).astype(np.float32).T).reshape(-1, *correct.shape[:-1])
+def right(items: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """How many [R, ...] of the drawn items [R, N] are right, from correct answers [..., N]. Whole numbers, which float32
+    holds exactly: what is divided first is rounded, and two methods that are equally often right differ then."""
+    counts = items @ correct.reshape(-1, items.shape[1]).astype(np.float32).T
+    return counts.astype(float).reshape(-1, *correct.shape[:-1])
 
 
 def judges(correct: dict[tuple[str, int], np.ndarray], resamples: int = 2000) -> dict[tuple[str, int], dict]:
@@ -47,11 +48,12 @@ def judges(correct: dict[tuple[str, int], np.ndarray], resamples: int = 2000) ->
     does not vary, and the interval leaves out what another would give.
     """
     rng = np.random.default_rng(0)
-    items, seeds = drawn_items_and_seeds(rng, *next(iter(correct.values())).shape[1:], resamples)
+    S, N = next(iter(correct.values())).shape[1:]
+    items, seeds = drawn_items(rng, N, resamples), drawn(rng, S, resamples)
     many = dict.fromkeys((protocol, len(c)) for (protocol, _), c in correct.items())
-    sets = {one: shares(rng, one[1], resamples) for one in many}
+    sets = {one: drawn(rng, one[1], resamples) for one in many}
     draws = {
-        name: np.einsum("rd,rs,rds->r", sets[name[0], len(c)], seeds, resampled_items(items, c))
+        name: np.einsum("rd,rs,rds->r", sets[name[0], len(c)], seeds, right(items, c)) / c.size
         for name, c in correct.items()
     }
     out = accuracies(correct, draws)

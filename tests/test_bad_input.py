@@ -81,6 +81,10 @@ MORE_TOLD = [  # script, flags, what the line names beside
     (W2S, "--weak 'own er/na me'", ["own er/na me"]),
     (W2S, "--weak owner/name", ["owner/name"]),  # no network
     (W2S, "--strong ../nowhere", ["../nowhere", "no such folder"]),
+    (W2S, "--strong random-large:²", ["random-large:²"]),
+    (W2S, "--max-sample-tokens 1025", ["--max-sample-tokens 1025", "at most 1024"]),
+    (W2S, "--engine sharded", ["--engine sharded", "torchrun"]),
+    (W2S, "--head-only --keep-models", ["--head-only", "--keep-models"]),
     (W2S, "--chat", ["--chat", "random-large", "no chat template"]),
     (DEBATE, "--strong nowhere", ["nowhere", "built in"]),
     (DEBATE, "--chat", ["--chat", "random-small", "no chat template"]),

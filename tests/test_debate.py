@@ -1,5 +1,6 @@
 """debate.py: the paper's prompts, and transcripts that depend on nothing but their keys."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -297,7 +298,7 @@ def script(tmp_path, monkeypatch, capsys):
     return debates
 
 
-def test_the_script_continues_its_own_transcripts_and_no_others(tiny_model, samples, script):
+def test_the_script_continues_its_own_transcripts_and_no_others(tiny_model, samples, script, monkeypatch):
     def turns(seed: int) -> int:
         return len(read_jsonl(Path(f"out/seed{seed}.jsonl"))[0]["turns"])
 
@@ -310,6 +311,11 @@ def test_the_script_continues_its_own_transcripts_and_no_others(tiny_model, samp
     for other in (f"--strong {tiny_model('qwen2')}", "--protocol consultancy", "--temperature 0.9"):
         code, _, told = script(f"{same} --turns 2 {other}")
         assert code == 2 and "holds something else" in told and told.count("\n") == 1
+    with monkeypatch.context() as edited:  # an ablation of the prompts
+        wording = dataclasses.replace(TASKS["sciq"].wording, shown="There is a question.")
+        edited.setitem(TASKS, "sciq", dataclasses.replace(TASKS["sciq"], wording=wording))
+        code, _, told = script(f"{same} --turns 2")
+        assert code == 2 and "wording" in told
     write_jsonl(Path("samples.jsonl"), samples[:4])
     code, _, told = script(f"{same} --turns 2")
     assert code == 2 and "inputs.samples" in told and turns(0) == 2

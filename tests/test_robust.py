@@ -79,6 +79,9 @@ def test_what_was_killed_while_it_grew_is_continued_and_costs_what_it_did(cost, 
         assert of_two_files(folder, n, cost).state()[0] is State.SHORT
     assert of_two_files(folder, 2, cost).run() and not of_two_files(folder, 2, cost).run()
     assert [p.name for p in tmp_path.iterdir()] == ["stage"] and read_manifest(folder)[cost] == in_all
+    started = {part: read_manifest(folder)[part] for part in ("config", "inputs", "code")}
+    (folder / "started.json").write_text(json.dumps(started))  # as a kill after the manifest leaves it
+    assert not of_two_files(folder, 2, cost).run()
     (folder / "a").write_text("by hand")
     assert of_two_files(folder, 2, cost).state()[0] is State.STALE
 

@@ -1,13 +1,14 @@
-"""What is counted of debates, on four of them written by hand."""
+"""What is counted of debates, by hand: what was said, how it was judged, what it cost."""
 
 import json
 
 import pytest
 
 from common import write_jsonl, write_text
-from report.rows import Reported, debate_row, quotes
+from report.rows import Reported, debate_row, quotes, supervision_cost
 from report.tables import Report, table_of_debates
 from stages import Stage
+from steps import tokens_by_turn
 
 PASSAGE = "Its capital is the old town of Bern, they say."
 DEBATES = [
@@ -54,6 +55,25 @@ def test_debates_that_quote_the_evidence_are_counted_and_how_they_are_judged(tmp
         for rows in ([row], [without])
     ]
     assert set(heads[0]) - set(heads[1]) == {"quote the evidence %", "judge accuracy there %", "elsewhere %"}
+
+
+def test_what_debates_cost_is_left_out_where_their_record_is_of_a_killed_run_or_of_other_sets(tmp_path):
+    judges = {(k, 0): Stage(tmp_path / f"judge{k}", {}, {}, lambda out: {}) for k in (0, 1)}
+    run = Reported("sciq", "ours", 0, judges[0, 0], judges=judges, turns=2, protocol="debate")
+    for part in ("train_a", "train_b"):
+        write_jsonl(tmp_path / f"sciq/data/{part}.jsonl", [{"id": part, "text": "Where?"}])
+    cost = []
+    for turns, seeds in ((8, "01"), (0, "01"), (4, "0")):
+        made = {"turns": turns, "seconds": 8.0, "tokens": {k: [5, 4, 3] for k in seeds}}
+        write_text(tmp_path / "sciq/transcripts/debate/manifest.json", json.dumps(made))
+        cost.append(supervision_cost(tmp_path, run))
+    assert cost == [{"supervision_seconds": 8.0, "supervision_tokens": 18}, {}, {}]
+
+
+def test_turns_are_counted_where_a_killed_run_left_more_of_one_half(tmp_path):
+    for part, n in (("train_a", 3), ("train_b", 2)):
+        write_jsonl(tmp_path / f"{part}.jsonl", [{"n_tokens": n * [4]}])
+    assert tokens_by_turn(tmp_path) == [8, 8, 4]
 
 
 def test_a_quote_has_five_words_in_a_row():

@@ -31,6 +31,14 @@ def test_bootstrap_draws_seeds_too():
     assert draws.std() == pytest.approx(math.sqrt(0.6 * 0.4 / 5), rel=0.05)
 
 
+def test_two_methods_that_are_equally_often_right_in_a_resample_do_not_differ_there():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 3, 43)) < 0.6
+    draws = stats.bootstrap_means({"a": a, "b": b})
+    whole = {name: np.rint(d * a.size) for name, d in draws.items()}
+    assert np.array_equal(draws["a"] == draws["b"], whole["a"] == whole["b"]) and (whole["a"] == whole["b"]).sum() > 50
+
+
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
     finetune = rng.random((2, 500)) < 0.7

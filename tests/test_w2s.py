@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+import torch
 from conftest import METHODS, ROOT, SMOKE, products, record, run
 
 import debate
 import steps
+import train
 import w2s
-from common import read_jsonl, write_jsonl
+from common import ALONE, read_jsonl, write_jsonl
+from model import Classifier, ModelSpec
 from report import stats
+from train import TrainConfig
 
 PAPER = json.loads((ROOT / "data/paper.json").read_text())
 REFERENCES = ("weak_floor", "strong_ceiling")
@@ -289,6 +293,22 @@ def test_heads_alone_give_the_same_rows_on_the_same_debates(copied):
     assert tables == {"table2.md": 1, "table4.md": 1, "table5.md": 1}
     trained = {p.read_bytes() for p in copied.glob("heads/sciq/predictions/strong-*-s0/test.jsonl")}
     assert len(trained) == len(METHODS) + 1  # losses and weak labels matter
+
+
+def test_heads_alone_learn_on_the_pretrained_model_whatever_was_finetuned_before(tmp_path, monkeypatch):
+    files, held, learned_on = steps.Files(tmp_path, "sciq"), steps.Held(), []
+    write_jsonl(files.samples("train_a"), [{"id": str(i), "text": f"Q {i}", "label": i % 2} for i in range(4)])
+    settings = TrainConfig(dtype="float32", kernels="reference", epochs=1, batch_size=2)
+    run = steps.Run("x", ModelSpec.parse("random-small"), settings, part="train_a", predicts=(), heads=True)
+    finetuned = held.classifier(run.model, settings, ALONE)
+    train.finetune(finetuned, ["Q 1", "Q 2"], torch.eye(2), settings)
+    monkeypatch.setattr(
+        "heads.finetune_and_predict",
+        lambda classifier, *_: [learned_on.append(classifier.features([[1]]))],
+    )
+    steps.make_head(files, run, steps.read_nothing, lambda: [run], tmp_path, ALONE, held)
+    pretrained = Classifier(run.model, 2, torch.float32, "reference")
+    assert torch.equal(learned_on[0], pretrained.features([[1]]))
 
 
 def test_heads_alone_of_one_task_are_not_those_of_another(tmp_path):

@@ -37,7 +37,10 @@ take() { # part, what it takes over of sciq's stages
   [ -d "$out/sciq/sciq_evidence/predictions" ] || { echo "error: $1 takes over stages of sciq: run that part first" >&2; exit 2; }
   mkdir -p "$out/$1/sciq_evidence/predictions"
   cp -ru "$out"/sciq/sciq_evidence/{data,transcripts} "$out/$1/sciq_evidence"
-  for stage in "${@:2}"; do cp -ru "$out"/sciq/sciq_evidence/predictions/$stage "$out/$1/sciq_evidence/predictions"; done
+  for stage in "${@:2}"; do
+    compgen -G "$out/sciq/sciq_evidence/predictions/$stage" >/dev/null || continue # METHODS may have left it out
+    cp -ru "$out"/sciq/sciq_evidence/predictions/$stage "$out/$1/sciq_evidence/predictions"
+  done
 }
 
 for part in ${@:-sciq seeds paper knowledge gap-3 gap-12}; do
