@@ -298,7 +298,7 @@ def test_heads_alone_give_the_same_rows_on_the_same_debates(copied):
 def test_heads_alone_learn_on_the_pretrained_model_whatever_was_finetuned_before(tmp_path, monkeypatch):
     files, held, learned_on = steps.Files(tmp_path, "sciq"), steps.Held(), []
     write_jsonl(files.samples("train_a"), [{"id": str(i), "text": f"Q {i}", "label": i % 2} for i in range(4)])
-    settings = TrainConfig(dtype="float32", kernels="reference", epochs=1, batch_size=2)
+    settings = TrainConfig(dtype="float32", kernels="reference", lr=1e-2, epochs=4, batch_size=2)
     run = steps.Run("x", ModelSpec.parse("random-small"), settings, part="train_a", predicts=(), heads=True)
     finetuned = held.classifier(run.model, settings, ALONE)
     train.finetune(finetuned, ["Q 1", "Q 2"], torch.eye(2), settings)
