@@ -355,7 +355,7 @@ def accept(experiments: list[Experiment]) -> None:
 
 
 def redraw_report(experiments: list[Experiment]) -> None:
-    """Tables and figures again from results.jsonl, debates.jsonl and summary.json, where that is all there is.
+    """Tables and figures again from results.jsonl and debates.jsonl, where that is all there is.
 
     Of a study, a folder with study.json: of all its runs, and across them.
     """

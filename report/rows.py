@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import InputError, align_by_id, read_json, read_jsonl
+from common import InputError, align_by_id, read_jsonl
 from report import stats
 from stages import Stage, State, read_manifest
 
@@ -65,11 +65,13 @@ def collect(out: Path, runs: list[Reported], labels: dict[str, str], shown: dict
 
 
 def saved(out: Path, labels: dict[str, str], shown: dict[str, tuple[str, ...]]) -> Report:
-    """The report that `page.write` left in a folder, as far as its rows go. Raises InputError where none is."""
-    if not (summary := read_json(out / "summary.json")):
-        raise InputError(f"--out {out}: no summary.json there; `python w2s.py report` writes it")
+    """The report of the rows that `page.write` left in a folder. Raises InputError where none are."""
+    if not (out / "results.jsonl").exists():
+        raise InputError(f"--out {out}: no results.jsonl there; `python w2s.py report` writes it")
     rows, debates = (read_jsonl(out / f"{name}.jsonl") for name in ("results", "debates"))
-    return Report(out, rows, debates, summary, labels, shown, 0)
+    if any("right" not in r for r in rows):
+        raise InputError(f"{out / 'results.jsonl'}: rows that do not say which answers are right, of before 2026-11-28")
+    return Report(out, rows, debates, summarize(rows), labels, shown, 0)
 
 
 def is_stale(stage: Stage) -> bool | None:

@@ -248,7 +248,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path):
 
 
 def test_tables_and_figures_are_drawn_again_from_the_rows_that_were_kept(smoke, tmp_path):
-    for name in ("results.jsonl", "debates.jsonl", "summary.json"):
+    for name in ("results.jsonl", "debates.jsonl"):
         shutil.copy(smoke / name, tmp_path)
     assert run("w2s", "redraw", "--out", tmp_path) == 0
     drawn = [p.relative_to(tmp_path) for folder in ("tables", "figures") for p in tmp_path.glob(f"{folder}/*")]

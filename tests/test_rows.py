@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from common import write_jsonl, write_text
-from report.rows import Reported, debate_row, quotes, supervision_cost
+from common import InputError, write_jsonl, write_text
+from report.rows import Reported, debate_row, quotes, saved, supervision_cost
 from report.tables import Report, table_of_debates
 from stages import Stage
 from steps import tokens_by_turn
@@ -81,3 +81,12 @@ def test_a_quote_has_five_words_in_a_row():
         ["", "capital is the old town"], PASSAGE, ""
     )
     assert not quotes(["The old town of Bern"[4:], "its capital is the new town of Bern"], PASSAGE, "")
+
+
+def test_rows_from_which_nothing_can_be_drawn_are_refused(tmp_path):
+    for told, rows in (("no results.jsonl", None), ("which answers are right", [{"task": "sciq", "method": "ours"}])):
+        if rows:
+            write_jsonl(tmp_path / "results.jsonl", rows)
+            write_jsonl(tmp_path / "debates.jsonl", [])
+        with pytest.raises(InputError, match=told):
+            saved(tmp_path, {}, {})
