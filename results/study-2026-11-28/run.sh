@@ -47,7 +47,8 @@ for part in ${@:-sciq seeds paper knowledge gap-3 gap-12}; do
   case $part in
     sciq)
       run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 consultancy consultancy_single \
-        independent independent_single other_debate_single no_argument naive_ensemble evidence" --tasks sciq_evidence
+        independent independent_single other_debate_single finetune_ensembles no_argument naive_ensemble evidence" \
+        --tasks sciq_evidence
       ;;
     seeds)
       take $part weak-{naive,debate-d?-t3,consultancy-d?-t3}-f0-s? strong-{ceiling,finetune,single,ours,consultancy}-s? \
