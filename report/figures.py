@@ -77,8 +77,11 @@ def against(ax, x: tuple[str, str], field: str, methods: list[str], points: dict
         y, error = with_whiskers({label: cells[method] for label, cells in found.items()}, list(found), field)
         at, error_at = with_whiskers({label: cells[x[0]] for label, cells in found.items()}, list(found), x[1])
         ax.errorbar(at, y, error, error_at, marker="o", capsize=3, ls="", color=color, label=labels[method])
-        for place in zip(found, at, y, strict=True) if n == 0 else ():
-            ax.annotate(place[0], place[1:], xytext=(4, 4), textcoords="offset points", fontsize=8)
+        ends = np.where(np.arange(len(y)) % 2, y + error[1], y - error[0])  # names below and above whiskers, in turn
+        for k, (name, *end) in enumerate(zip(found, at, ends, strict=True) if n == 0 else ()):
+            beyond, place = ((0, 4), "bottom") if k % 2 else ((0, -4), "top")
+            ax.annotate(name, end, beyond, textcoords="offset points", ha="center", va=place, fontsize=8)
+    ax.margins(0.12)
     if field.startswith("diff_vs"):
         ax.axhline(0, color=GREY, lw=0.8)
     ax.set_xlabel(f"{labels[x[0]]}, {FIELDS[x[1]]}")
