@@ -148,9 +148,7 @@ class Config:
     out: str | None = flag(None, "folder of the results; default: out/<preset>")
     limit_train: int | None = flag(None, "training samples per task, both halves together", int)
     limit_test: int | None = flag(None, "test samples per task", int)
-    max_sample_tokens: int = flag(
-        1024, "longer ones are dropped, for all models", int, most=TrainConfig.max_tokens // 2
-    )
+    max_sample_tokens: int = flag(1024, "longer ones are dropped for all", int, most=TrainConfig.max_tokens // 2)
     lr: float = flag(TrainConfig.lr, "learning rate", float)
     weak_lr: float | None = flag(None, "learning rate of the weak model; default: --lr", float)
     epochs: int = flag(TrainConfig.epochs, "passes over the training samples", int)
@@ -215,9 +213,7 @@ class Config:
         if self.data_dir and not Path(self.data_dir).is_dir():
             raise InputError(f"--data-dir {self.data_dir!r}: no such folder")
         if self.head_only and (self.keep_models or self.tensorboard):
-            raise InputError(
-                "--head-only: keeps no models and draws no curves; leave out --keep-models and --tensorboard"
-            )
+            raise InputError("--head-only: no models to keep, no curves; leave out --keep-models, --tensorboard")
         if self.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise InputError("--tensorboard: the package is not there; pip install tensorboard")
         for spec in (self.weak, self.strong):

@@ -303,6 +303,5 @@ def joined(rows: list[dict], path: Path) -> list[dict]:
 def tokens_by_turn(folder: Path) -> list[int]:
     """Of all transcripts of a debate seed, how many tokens each turn has."""
     rows = [r["n_tokens"] for path in sorted(folder.glob("*.jsonl")) for r in read_jsonl(path)]
-    return [
-        sum(turn) for turn in itertools.zip_longest(*rows, fillvalue=0)
-    ]  # a killed run leaves more turns of one half
+    by_turn = itertools.zip_longest(*rows, fillvalue=0)  # a killed run leaves more turns of one half
+    return [sum(turn) for turn in by_turn]
