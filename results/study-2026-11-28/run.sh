@@ -10,6 +10,7 @@
 # DATA/sciq/{train,test}.jsonl.gz: rows of allenai/sciq in the hub's fields. Those behind this folder were 3,534 of the training
 # split, whose distractors are known, and 700 of the test split; with all of the hub's, other rows are drawn. A part lands in
 # OUT/PART; sciq comes first, the others take over its debates and ceilings. What is finished is not computed again.
+# Kept beside the rows: the predictions of every model (predictions.txz) and the debates that judges read (*.tgz).
 # A cell: one part, METHODS="finetune single" SEEDS=0. DTYPE is float32, as in the rows here. Then the figures across parts:
 #   cp results/study-2026-11-28/study.json OUT && python w2s.py redraw --out OUT
 set -euo pipefail
@@ -47,8 +48,8 @@ for part in ${@:-sciq seeds paper knowledge gap-3 gap-12}; do
   case $part in
     sciq)
       run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 consultancy consultancy_single \
-        independent independent_single other_debate_single finetune_ensembles no_argument naive_ensemble evidence" \
-        --tasks sciq_evidence
+        market_making independent independent_single other_debate_single finetune_ensembles naive_ensemble no_argument \
+        evidence" --tasks sciq_evidence
       ;;
     seeds)
       take $part weak-{naive,debate-d?-t3,consultancy-d?-t3}-f0-s? strong-{ceiling,finetune,single,ours,consultancy}-s? \
