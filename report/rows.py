@@ -118,12 +118,12 @@ def supervision_cost(out: Path, run: Reported) -> dict:
     seconds, tokens = (sum(m.get(key, 0) for m in judges) for key in ("seconds", "train_tokens"))
     debates = read_manifest(out / run.task / "transcripts" / run.protocol) if run.protocol else None
     if debates:
-        seeds = {debate_seed for debate_seed, _ in run.judges}
-        if not debates["turns"] or not {str(k) for k in seeds} <= debates["tokens"].keys():
+        seeds = {str(debate_seed) for debate_seed, _ in run.judges}
+        if not debates["turns"] or not seeds <= debates["tokens"].keys():
             return {}  # the record of a killed run, or of other sets of debates
         samples = sum(len(read_jsonl(out / run.task / f"data/{part}.jsonl")) for part in ("train_a", "train_b"))
         seconds += samples * run.turns * len(seeds) / debates["turns"] * debates["seconds"]
-        tokens += sum(sum(debates["tokens"][str(k)][: run.turns]) for k in seeds)
+        tokens += sum(sum(debates["tokens"][k][: run.turns]) for k in seeds)
     return {"supervision_seconds": round(seconds, 3), "supervision_tokens": tokens}
 
 
@@ -131,7 +131,8 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
     """How often a judge is right about the debates of train_b, and how it differs from the weak floor, which reads none.
 
     Lengths are in tokens of the debater; the quarters are of equal size, the shortest transcripts first. `right` says which
-    samples it gets right; `repeated`, how many of the turns after the first are an earlier turn of the debate, word for word.
+    samples it gets right; `repeated`, how many of the turns after the first are an earlier turn of the debate, word for word;
+    `quoting`, where debaters hold evidence, how many debates quote it (`quotes`), and how often the judge is right there.
     """
     data = out / run.task / "data"
     gold = data / "train_b.gold.jsonl"
@@ -156,8 +157,8 @@ def debate_row(out: Path, run: Reported, seeds: dict, transcripts: Path, floor: 
         held = (align_by_id(read_jsonl(path), ids, str(path)) for path in (evidence, data / "train_b.jsonl"))
         told = zip(debates, *held, strict=True)
         quoting = np.array([quotes(r["turns"][: run.turns], e["evidence"], s["text"]) for r, e, s in told])
-        row |= {"quoting": mean(quoting), "accuracy_quoting": mean(right[quoting])}
-        row |= {"accuracy_not_quoting": mean(right[~quoting])}
+        accuracy = {"accuracy_quoting": mean(right[quoting]), "accuracy_not_quoting": mean(right[~quoting])}
+        row |= {"quoting": mean(quoting)} | accuracy
     return row | {"digest": digest(row)}
 
 
