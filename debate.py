@@ -93,8 +93,8 @@ def introduction(task: str, protocol: str) -> str:
 
 def instruction(task: str, protocol: str, turn: int, side: int) -> str:
     """What the speaker of `turn` (from 0) is told, arguing for class `side`."""
-    asked = PROTOCOLS[protocol].asked
-    return asked[min(turn, len(asked) - 1)].format(claim=TASKS[task].wording.claims(side))
+    asked, w = PROTOCOLS[protocol].asked, TASKS[task].wording
+    return f"{asked[min(turn, len(asked) - 1)].format(claim=w.claims(side))} {w.begin}".rstrip()
 
 
 def speaker(protocol: str, turn: int) -> str:
@@ -375,7 +375,7 @@ def main() -> None:
     def make(folder: Path, ranks: Ranks) -> dict:
         return make_transcripts(debater, args.task, args.protocol, samples, files, args.turns, choose, ranks)
 
-    wording = dataclasses.asdict(TASKS[args.task].wording)
+    wording = TASKS[args.task].wording.parts()
     asked = {"task": args.task, "protocol": args.protocol, "model": spec.identity(), "wording": wording}
     turns = {str(k): args.turns for k in args.seed}
     code = reached([make_transcripts, ENGINES[config.engine]])

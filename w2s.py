@@ -71,7 +71,7 @@ class Experiment:
         self.files = Files(self.folder, task)
         self.runs = results_folder(config) / task  # what is trained on the data and the debates
         self.has_evidence = bool(data.prepare.TASKS[task].evidence)
-        self.wording = dataclasses.asdict(data.prepare.TASKS[task].wording)  # the sides' names, and what prompts say
+        self.wording = data.prepare.TASKS[task].wording.parts()  # the sides' names, and what prompts say
 
     def prepare(self) -> Stage:
         """The samples: train_a for the weak models, train_b for the strong one, and test."""

@@ -82,15 +82,21 @@ def of_next_sample(passages: list[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """How a task is put to the debaters: what is shown, what is debated, the sides of class 0 and class 1, the claim."""
+    """How a task is put to the debaters: what is shown, what is debated, the sides of class 0 and class 1, the claim, and
+    how every turn is to begin."""
 
     shown: str
     debated: str = "the answer is correct or incorrect"
     sides: tuple[str, str] = ("incorrect", "correct")
     claim: str = "the answer is {side}"  # what a debater argues for
+    begin: str = ""  # the last sentence of every instruction
 
     def claims(self, side: int) -> str:
         return self.claim.format(side=self.sides[side])
+
+    def parts(self) -> dict:
+        """Its parts that are not empty: what results are compared by."""
+        return {part: value for part, value in dataclasses.asdict(self).items() if value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +154,8 @@ TASKS["places"] = dataclasses.replace(TASKS["facts"], tables=PLACES)
 # The debaters read a text that the judge, the student, the floor and the ceiling do not (LOG.md, 2026-11-25).
 EVIDENCE = {"sciq": "support", "boolq": "passage", "cosmos_qa": "context", "facts": "support", "places": "support"}
 TASKS |= {f"{t}_evidence": dataclasses.replace(TASKS[t], source=t, evidence=field) for t, field in EVIDENCE.items()}
+QUOTING = dataclasses.replace(TASKS["facts"].wording, begin="Begin with the words of the passage.")  # LOG.md, 2026-11-29
+TASKS |= {t: dataclasses.replace(TASKS[t], wording=QUOTING) for t in ("facts_evidence", "places_evidence")}
 TASKS["boolq_evidence"] = dataclasses.replace(TASKS["boolq_evidence"], formatter=boolq_question)
 TASKS["cosmos_qa_evidence"] = dataclasses.replace(TASKS["cosmos_qa_evidence"], formatter=cosmos_qa_question)
 TASKS["sciq_half_evidence"] = dataclasses.replace(TASKS["sciq_evidence"], given=half)

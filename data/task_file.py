@@ -16,7 +16,8 @@ put to the debaters. Each part of it may be left out:
 
     {"wording": {"shown": "There is a film review.", "claim": "the review is {side}", "sides": ["negative", "positive"]}}
 
-`sides` are the names of class 0 and class 1; `debated`, what the debate is about, follows from the claim. A preset's limits
+`sides` are the names of class 0 and class 1; `debated`, what the debate is about, follows from the claim; `begin`, as in "Begin
+with the words of the passage.", ends what a debater is asked in every turn, and is empty unless given. A preset's limits
 (--limit-train, --limit-test) hold for the file too.
 """
 
@@ -33,7 +34,7 @@ DEFAULT = {
     "question": {"shown": "There is a question, followed by an answer.", "claim": "the answer is {side}",
                  "sides": ("incorrect", "correct")},
 }  # fmt: skip
-WORDING = ("shown", "debated", "claim", "sides")
+WORDING = ("shown", "debated", "claim", "sides", "begin")
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:

@@ -334,8 +334,8 @@ def test_the_first_line_of_a_task_file_words_it(tmp_path):
     wording = p.Wording(shown, "the review is positive or negative", sides, claim)
     name, task = p.task_of_file(tmp_path / "own.jsonl.gz")
     assert (name, task.wording, wording.claims(1)) == ("own", wording, "the review is positive")
-    write_jsonl(tmp_path / "own.jsonl", [{"wording": {"debated": "this or that"}}, *own_rows(20)])
-    wording = p.Wording("There is a question, followed by an answer.", "this or that")
+    write_jsonl(tmp_path / "own.jsonl", [{"wording": {"debated": "this or that", "begin": "Quote."}}, *own_rows(20)])
+    wording = p.Wording("There is a question, followed by an answer.", "this or that", begin="Quote.")
     assert p.task_of_file(tmp_path / "own.jsonl")[1].wording == wording
 
 

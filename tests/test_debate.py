@@ -48,7 +48,17 @@ def test_every_task_has_prompts_in_the_same_form(task):
     for side in (0, 1):
         assert first[side].startswith("There is a ") and "Debate with another opponent for whether " in first[side]
         assert f"{names[side]}." in first[side] and first[0] != first[1]
-        assert debate_prompt(task, "debate", 1, side).endswith(" and list out flaws in your opponent's argument.")
+        asked = debate_prompt(task, "debate", 1, side).removesuffix(f" {TASKS[task].wording.begin}")
+        assert asked.endswith(" and list out flaws in your opponent's argument.")
+
+
+def test_a_wording_may_say_how_every_turn_begins():
+    begin = TASKS["places_evidence"].wording.begin
+    assert begin == "Begin with the words of the passage." and not TASKS["places"].wording.begin
+    for protocol in debate.PROTOCOLS:
+        for turn in range(4):
+            with_it, without = (debate.instruction(t, protocol, turn, 0) for t in ("places_evidence", "places"))
+            assert with_it == f"{without} {begin}"
 
 
 def test_sides_are_balanced_and_opposite():
