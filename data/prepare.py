@@ -154,7 +154,8 @@ TASKS["places"] = dataclasses.replace(TASKS["facts"], tables=PLACES)
 # The debaters read a text that the judge, the student, the floor and the ceiling do not (LOG.md, 2026-11-25).
 EVIDENCE = {"sciq": "support", "boolq": "passage", "cosmos_qa": "context", "facts": "support", "places": "support"}
 TASKS |= {f"{t}_evidence": dataclasses.replace(TASKS[t], source=t, evidence=field) for t, field in EVIDENCE.items()}
-QUOTING = dataclasses.replace(TASKS["facts"].wording, begin="Begin with the words of the passage.")  # LOG.md, 2026-11-29
+# A debater of 135M parameters quotes a passage of one sentence more often when told to (LOG.md, 2026-11-29).
+QUOTING = dataclasses.replace(TASKS["facts"].wording, begin="Begin with the words of the passage.")
 TASKS |= {t: dataclasses.replace(TASKS[t], wording=QUOTING) for t in ("facts_evidence", "places_evidence")}
 TASKS["boolq_evidence"] = dataclasses.replace(TASKS["boolq_evidence"], formatter=boolq_question)
 TASKS["cosmos_qa_evidence"] = dataclasses.replace(TASKS["cosmos_qa_evidence"], formatter=cosmos_qa_question)
