@@ -112,8 +112,8 @@ PRESETS = {
         lr=3e-3, batch_size=8, epochs=1, max_new_tokens=4, temperature=1.0,  # a larger rate enlarges rounding too
     ),
     "tiny": dict(
-        tasks=("places_evidence", "places"), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=380,
-        lr=3e-4, batch_size=16, max_new_tokens=16, chat=True, cache_tokens=65536,
+        tasks=("places_evidence", "places"), seeds=(0, 1), weak="smollm2-135m:6", strong="smollm2-135m", limit_train=440,
+        lr=2e-4, weak_lr=3e-4, batch_size=16, max_new_tokens=16, chat=True, cache_tokens=65536,
         dtype="bfloat16" if torch.cpu._is_avx512_bf16_supported() else "auto",  # twice as fast there, 5 times slower elsewhere
         weak_gpus=1, strong_gpus=1,  # under several processes each trains a model of its own
         methods=tuple(n for n in DEFAULT_METHODS if n in (*TABLE_METHODS, "ensemble_2", "turns_1", "turns_2")),

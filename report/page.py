@@ -33,7 +33,7 @@ def write(report: Report, into: Path) -> None:
 
 def redraw(report: Report, into: Path) -> None:
     """Write and print the verdict and the tables, and draw the figures: from the rows alone."""
-    files = {"verdict.md": "".join(f"{tables.joined(tables.verdict(*of))}\n" for of in report.summary.items())}
+    files = {"verdict.md": "".join(f"{tables.joined(sentence)}\n" for sentence in tables.verdicts(report))}
     files |= {f"tables/{table.name}.md": table.markdown() for table in tables.tables(report)}
     for name, text in files.items():
         write_text(into / name, text)
@@ -56,7 +56,7 @@ def build(report: Report, into: Path, max_debates: int = 5000, max_bytes: int = 
     env.filters["visible"] = visible
     return env.from_string(text).render(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), report=report,
-        verdicts=[tables.verdict(*of) for of in report.summary.items()],
+        verdicts=tables.verdicts(report),
         panels={task: panels(report, task) for task in report.summary},
         overviews={t: Markup(figures.svg(f"overview-{t}", 2.44, *figures.overview(report, t))) for t in report.summary},
         tables=tables.tables(report), debates=shown, left_out=len(debates) - len(shown),

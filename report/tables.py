@@ -187,8 +187,12 @@ def table_of_methods(report: Report, name: str) -> Table:
     return Table(name, TABLES[name], parts, METHODS_NOTE)
 
 
-def verdict(task: str, cells: dict) -> list:
-    """Did debate help? A sentence of text and Numbers, decided by the interval of ours minus finetune, or of a single judge's."""
+CONTROLS = ("naive_ensemble", "no_argument")  # four weak models as well, but nobody argues
+
+
+def verdict(task: str, cells: dict, labels: dict) -> list:
+    """Did debate help? A sentence of text and Numbers, decided by the interval of ours minus finetune, or of a single judge's;
+    where that is above zero, by those of the controls too, which ours must lead."""
     debate = next((m for m in ("ours", "single") if "diff_vs_finetune" in cells.get(m, {})), None)
     if not debate:
         return [f"{task}: no answer, because neither ours nor single was run beside finetune."]
@@ -198,12 +202,21 @@ def verdict(task: str, cells: dict) -> list:
         {"ours": "Ours", "single": "A single judge"}[debate],
         cell_number(cells, debate, "diff_vs_finetune"),
     )
+    level = [m for m in CONTROLS if cells.get(m, {}).get("diff_vs_ours_ci", (0, -1))[1] >= 0]
+    if answer == "yes" and level:
+        answer = "not shown, a control without arguments is not behind"
     sentence = [f"{task}: {answer}. {who} minus finetune is ", difference, " points of test accuracy"]
+    for m in level:
+        sentence += [f"; {labels[m]} minus ours is ", cell_number(cells, m, "diff_vs_ours")]
     if cells[debate]["pgr"] is not None:
         sentence += ["; PGR is ", cell_number(cells, debate, "pgr"), " %"]
     elif gap := cell_number(cells, "strong_ceiling", "gap"):
         sentence += ["; PGR is blank, because the ceiling's lead over the floor, ", gap, ", is not clear of zero"]
     return [*sentence, f" ({cells[debate]['seeds']} seeds, {cells[debate]['n']} test items)."]
+
+
+def verdicts(report: Report) -> list[list]:
+    return [verdict(task, cells, report.labels) for task, cells in report.summary.items()]
 
 
 CARD = """---

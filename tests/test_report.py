@@ -349,22 +349,6 @@ def test_a_row_that_is_a_point_too_makes_no_figure_alone(small):
     assert points_of(with_3, "figure2") == {"sciq": {1: "single", 3: "ensemble_3", 4: "ours"}}
 
 
-def test_the_verdict_is_what_the_interval_says():
-    def cells(low, high, pgr=None):
-        ours = {"diff_vs_finetune": (low + high) / 2, "diff_vs_finetune_ci": (low, high), "seeds": 2, "n": 99}
-        ours |= {"pgr": pgr, "pgr_ci": (0.2, 0.8), "rows": ["a"]}
-        ceiling = {"gap": 0.02, "gap_ci": (-0.01, 0.05), "rows": ["c"]}
-        return {"ours": ours, "strong_ceiling": ceiling} | dict.fromkeys(("finetune", "weak_floor"), {"rows": ["b"]})
-
-    summary = {"a": cells(0.01, 0.11, 0.5), "b": cells(-0.01, 0.1), "c": cells(-0.2, -0.1), "d": {"finetune": {}}}
-    summary["e"] = {"single" if m == "ours" else m: cell for m, cell in summary["a"].items()}
-    a, b, c, d, e = (tables.joined(tables.verdict(*of)) for of in summary.items())
-    assert a.startswith("a: yes. ") and "+6.0 [+1.0, +11.0]" in a and "PGR is 50 [20, 80] %" in a and "2 seeds, 99" in a
-    assert b.startswith("b: not shown") and "+2.0 [-1.0, +5.0], is not clear of zero" in b
-    assert c.startswith("c: no, it hurt. ") and d.startswith("d: no answer")
-    assert e == a.replace("a: ", "e: ").replace("Ours minus", "A single judge minus")
-
-
 # ---- in a browser ----
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
