@@ -202,11 +202,11 @@ def verdict(task: str, cells: dict, labels: dict) -> list:
         {"ours": "Ours", "single": "A single judge"}[debate],
         cell_number(cells, debate, "diff_vs_finetune"),
     )
-    level = [m for m in CONTROLS if cells.get(m, {}).get("diff_vs_ours_ci", (0, -1))[1] >= 0]
-    if answer == "yes" and level:
+    not_behind = [m for m in CONTROLS if low > 0 and cells.get(m, {}).get("diff_vs_ours_ci", (0, -1))[1] >= 0]
+    if not_behind:
         answer = "not shown, a control without arguments is not behind"
     sentence = [f"{task}: {answer}. {who} minus finetune is ", difference, " points of test accuracy"]
-    for m in level:
+    for m in not_behind:
         sentence += [f"; {labels[m]} minus ours is ", cell_number(cells, m, "diff_vs_ours")]
     if cells[debate]["pgr"] is not None:
         sentence += ["; PGR is ", cell_number(cells, debate, "pgr"), " %"]
