@@ -157,8 +157,9 @@ class Experiment:
         engine = "sharded" if sharded else "replicated"
         settings = DebateConfig(chat=c.chat, dtype=c.dtype, cache_tokens=c.cache_tokens, engine=engine)
         asked = {"model": work.model.identity(), "loss": "none", "chat": c.chat, "dtype": c.dtype}
+        wording = {part: value for part, value in self.wording.items() if part != "begin"}  # nobody takes a turn
         return Stage(
-            self.folder / "predictions" / name, asked | {"wording": self.wording},
+            self.folder / "predictions" / name, asked | {"wording": wording},
             self.files.inputs(("train_b", "test"), work.evidence),
             functools.partial(steps.make_zero_shot, self.files, work, settings),
             code=reached([steps.make_zero_shot, generate.ENGINES[engine], data.prepare.Wording]),
