@@ -3,7 +3,7 @@
 #
 #   sciq       SciQ with evidence: ours, one judge, one turn, other protocols, controls, the bound, other losses
 #   seeds      the main rows with more seeds
-#   paper      Tables 2, 4 and 5 but market-making where nobody holds a passage, as in the paper, beside where debaters do
+#   paper      Tables 2, 4 and 5 where nobody holds a passage, as in the paper, beside where debaters do
 #   knowledge  debaters who hold the passage, half of it, that of another question, or none
 #   gap-N      the weak model is the strong one's first N blocks (here 3 and 12)
 #
@@ -57,8 +57,9 @@ for part in ${@:-sciq seeds paper knowledge gap-3 gap-12}; do
       SEEDS=${SEEDS:-0 1 2 3 4} run $part "finetune single ours consultancy" --tasks sciq_evidence
       ;;
     paper)
-      rows="finetune finetune_aux finetune_pro ours single consultancy finetune_ensembles naive_ensemble no_argument"
-      take $part 'zero-shot-*' weak-{naive,no_argument,debate-d?-t3,consultancy-d?-t3}-f?-s? strong-ceiling-s? \
+      rows="finetune finetune_aux finetune_pro ours single consultancy market_making finetune_ensembles naive_ensemble \
+        no_argument"
+      take $part 'zero-shot-*' weak-{naive,no_argument,{debate,consultancy,market_making}-d?-t3}-f?-s? strong-ceiling-s? \
         $(printf 'strong-%s-s? ' $rows)
       run $part "$rows" --tasks sciq_evidence sciq
       ;;
