@@ -3,7 +3,7 @@
 #
 #   preset      models                               machine                   aim        disk
 #   smoke       random two-layer, bytes              any CPU                   2 min      20 MB
-#   tiny        SmolLM2-135M and its first 6 layers  2 CPU cores, 12 GB        64 min     1 GB
+#   tiny        SmolLM2-135M and its first 6 layers  2 CPU cores, 12 GB        an hour    1 GB
 #   small       Qwen2.5-0.5B -> 1.5B, adapters       one GPU, 24 GB            13 h       10 GB   (estimate: RTX 4090)
 #   paper-lora  Qwen-7B -> Qwen-14B, adapters        one GPU, 80 GB            17 days    95 GB   (estimate: H100; 2.2 days on 8)
 #   paper       Qwen-7B -> Qwen-14B                  8 GPUs, 80 GB             3 days     210 GB
