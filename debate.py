@@ -277,9 +277,8 @@ def make_transcripts(
                 write_jsonl(files[k], rows)
                 for part in part_files(stems[k]):
                     part.unlink()
-        made = ranks.gather((n_tokens, n_new))[
-            :copies
-        ]  # not what was there before a kill: its seconds are not counted either
+        # new ones alone, as the seconds of what was there before a kill are not counted either
+        made = ranks.gather((n_tokens, n_new))[:copies]
         cost = {what: cost[what] + sum(of_ranks) for what, of_ranks in zip(cost, zip(*made, strict=True), strict=True)}
     return cost
 
