@@ -18,6 +18,7 @@ FIELDS = {  # of a method's cell -> the name on an axis
     "accuracy": "accuracy %", "pgr": "PGR %", "diff_vs_finetune": "minus finetune, points",
     "diff_vs_ours": "minus ours, points", "gap": "minus floor, points", "weak_label_accuracy": "weak labels right %",
     "weak_label_diff_vs_ours": "weak labels minus ours', points",
+    "weak_label_diff_vs_finetune": "weak labels minus finetune's, points",
 }  # fmt: skip
 BLUE, ORANGE, GREEN, RED, GREY = COLORS = ("#3b82c4", "#d97f1e", "#3a9a5c", "#c9514c", "#888888")
 PNG = {"dpi": 130, "metadata": {"Software": None}}

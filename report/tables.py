@@ -48,8 +48,8 @@ DEBATES = {
     "quoting": "quote the evidence %", "accuracy_quoting": "judge accuracy there %", "accuracy_not_quoting": "elsewhere %",
 }  # fmt: skip
 FORMATS = {
-    "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_ours": "+.1%",
-    "diff_vs_debate": "+.1%", "lead_beyond": "+.1%", "gap": "+.1%",
+    "pgr": ".0%", "diff_vs_finetune": "+.1%", "diff_vs_ours": "+.1%", "weak_label_diff_vs_finetune": "+.1%",
+    "weak_label_diff_vs_ours": "+.1%", "diff_vs_debate": "+.1%", "lead_beyond": "+.1%", "gap": "+.1%",
     "p_holm": ".2g", "brier": ".3f", "weak_label_brier": ".3f",
     "seconds": ".0f", "supervision_seconds": ".0f", "tokens": ",.0f", "supervision_tokens": ",.0f", "mean_tokens": ".0f",
 }  # fmt: skip
@@ -103,7 +103,7 @@ def cell_number(cells: dict, method: str, field: str) -> Number | str:
     cell = cells.get(method, {})
     if cell.get(field) is None:
         return ""
-    compared = dict.fromkeys(("diff_vs_finetune", "p_holm", "lead_beyond"), ["finetune"])
+    compared = dict.fromkeys(("diff_vs_finetune", "weak_label_diff_vs_finetune", "p_holm", "lead_beyond"), ["finetune"])
     compared |= dict.fromkeys(("diff_vs_ours", "weak_label_diff_vs_ours"), ["ours"])
     compared |= {"pgr": stats.BOUNDS, "gap": ["weak_floor"]}
     rows = [digest for m in (method, *compared.get(field, ())) for digest in cells[m]["rows"]]
