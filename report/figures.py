@@ -28,10 +28,11 @@ STYLE = {
 } | {f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}  # fmt: skip
 
 
-def draw(size: tuple[float, float], panels: dict[str, tuple]) -> Figure:
+def draw(size: tuple[float, float], panels: dict[str, tuple], sharex: bool = False) -> Figure:
     """A panel per title, from a plot function and its arguments, under one legend; `size` in inches."""
     fig = Figure(figsize=size, layout="constrained")
-    for ax, (title, (plot, *args)) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    axes = fig.subplots(1, len(panels), sharex=sharex, squeeze=False)[0]
+    for ax, (title, (plot, *args)) in zip(axes, panels.items(), strict=True):
         plot(ax, *args)
         ax.set_title(title)
     handles, labels = fig.axes[0].get_legend_handles_labels()

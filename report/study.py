@@ -34,7 +34,7 @@ def redraw_study(folder: Path, labels: dict[str, str], shown: dict[str, tuple[st
             if "against" in figure:
                 compare(figure, points, rows)
             texts.append(table(figure, points, labels).markdown())
-            figures.draw(*panels(figure, points, labels)).savefig(folder / f"{name}.png", **figures.PNG)
+            figures.draw(*panels(figure, points, labels), sharex=True).savefig(folder / f"{name}.png", **figures.PNG)
         except KeyError as e:
             raise InputError(f"{file}: {name}: there is no {e}") from None
         print0(f"wrote {folder / name}.png")
