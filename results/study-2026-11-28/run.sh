@@ -32,7 +32,19 @@ sys.stdout.writelines(line for line in sys.stdin if 60 <= len(json.loads(line)['
     mv "$kept.$$.tmp" "$kept"
   done
 }
+
+parts=${@:-sciq seeds paper knowledge gap-3 gap-12 others}
 short sciq support train test # 1,725 and 478 rows
+for part in $parts; do # what is wrong or missing is found before anything is computed
+  case $part in
+    sciq | seeds | paper | knowledge | gap-[1-9]*) ;;
+    others)
+      short cosmos_qa context train validation # 3,566 and 2,083 rows
+      short boolq passage train validation # 5,415 and 1,721
+      ;;
+    *) echo "error: part $part: choose from sciq, seeds, paper, knowledge, gap-3, gap-12, others" >&2 && exit 2 ;;
+  esac
+done
 
 run() { # part, its methods, more flags
   bash reproduce.sh tiny --out "$out/$1" --methods ${METHODS:-$2} --seeds ${SEEDS:-0 1 2} --data-dir "$out/data" --limit-train 1600 \
@@ -49,7 +61,7 @@ take() { # part, what it takes over of sciq's stages
   done
 }
 
-for part in ${@:-sciq seeds paper knowledge gap-3 gap-12 others}; do
+for part in $parts; do
   case $part in
     sciq)
       run sciq "finetune finetune_aux finetune_pro ours ours_aux ours_pro single turns_1 turns_2 consultancy consultancy_single \
@@ -76,11 +88,6 @@ for part in ${@:-sciq seeds paper knowledge gap-3 gap-12 others}; do
       take $part 'strong-ceiling-s?' zero-shot-strong zero-shot-evidence
       run $part "finetune single" --tasks sciq_evidence --weak "smollm2-135m:${part#gap-}"
       ;;
-    others)
-      short cosmos_qa context train validation # 3,566 and 2,083 rows
-      short boolq passage train validation # 5,415 and 1,721
-      run $part "finetune evidence" --tasks cosmos_qa_evidence boolq_evidence --limit-test 1000
-      ;;
-    *) echo "$part: choose from sciq, seeds, paper, knowledge, gap-3, gap-12, others" >&2 && exit 2 ;;
+    others) run $part "finetune evidence" --tasks cosmos_qa_evidence boolq_evidence --limit-test 1000 ;;
   esac
 done
