@@ -34,10 +34,9 @@ sys.stdout.writelines(line for line in sys.stdin if 60 <= len(json.loads(line)['
 }
 
 parts=${@:-sciq seeds paper knowledge gap-3 gap-12 others}
-short sciq support train test # 1,725 and 478 rows
 for part in $parts; do # what is wrong or missing is found before anything is computed
   case $part in
-    sciq | seeds | paper | knowledge | gap-[1-9]*) ;;
+    sciq | seeds | paper | knowledge | gap-[1-9]*) short sciq support train test ;; # 1,725 and 478 rows
     others)
       short cosmos_qa context train validation # 3,566 and 2,083 rows
       short boolq passage train validation # 5,415 and 1,721
